@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DATASETS', 'SMALL', 'DatasetInfo', 'DataConfig', 'mix_seed', 'stratified_split', 'crop_index', 'MemoryLoader',
            'pick_device', 'read_image', 'make_transform', 'ImageFiles', 'EpochSampler', 'FileLoader', 'load_digits',
-           'load_cifar', 'scan_folder', 'own_size', 'decode', 'read_parts', 'hold_out', 'create_loaders']
+           'load_cifar', 'scan_folder', 'resize', 'own_size', 'decode', 'read_parts', 'hold_out', 'create_loaders']
 
 # %% ../nbs/02_data.ipynb #23524fcb
 import os
@@ -28,10 +28,11 @@ class DatasetInfo:
     std: tuple            # likewise
     hflip: bool           # is a mirrored image still an image of its class?
     classes: tuple = ()   # names, in the order of the labels
+    patch_size: int = None  # side, in pixels, of the patches that suit the images; None: the network decides by their size
 
 # %% ../nbs/02_data.ipynb #376b86da
 DATASETS = {
-    "digits":      DatasetInfo(8, 1, (.3053,), (.3760,), hflip=False),
+    "digits":      DatasetInfo(32, 1, (.3092,), (.3488,), hflip=False, patch_size=4),
     "cifar10":     DatasetInfo(32, 3, (.4914, .4822, .4465), (.2470, .2435, .2616), hflip=True),
     "cifar100":    DatasetInfo(32, 3, (.5071, .4866, .4409), (.2673, .2564, .2762), hflip=True),
     "imagefolder": DatasetInfo(224, 3, (.485, .456, .406), (.229, .224, .225), hflip=True),
@@ -194,7 +195,7 @@ class FileLoader(DataLoader):
 
 # %% ../nbs/02_data.ipynb #a8164bc9
 def load_digits():
-    "Images (1797, 8, 8, 1) uint8, labels, and class names."
+    "Images (1797, 8, 8, 1) uint8, labels (1797,), and class names."
     from sklearn.datasets import load_digits
     d = load_digits()
     return (d.images * (255 / 16)).round().astype(np.uint8)[..., None], d.target, tuple(map(str, d.target_names))
@@ -223,6 +224,14 @@ def scan_folder(
         raise ValueError(f"{root} and train/ have different classes: {', '.join(odd[:5])} in only one of them; give both the same class folders")
     return np.array([path for path, _ in found.samples]), np.array(found.targets), tuple(found.classes)
 
+# %% ../nbs/02_data.ipynb #7cec7aae
+def resize(images: np.ndarray, size: int) -> np.ndarray:
+    "(N, H, W, C) uint8 -> (N, size, size, C) uint8, bicubic with antialiasing; the same array if nothing changes."
+    from torchvision.transforms.v2 import InterpolationMode, functional
+    if images.shape[1:3] == (size, size): return images
+    x = torch.from_numpy(images).permute(0, 3, 1, 2)
+    return functional.resize(x, [size, size], InterpolationMode.BICUBIC, antialias=True).permute(0, 2, 3, 1).numpy()
+
 # %% ../nbs/02_data.ipynb #b38ecdfa
 SMALL = 64  # images of at most this side, in pixels, are kept in memory
 
@@ -250,10 +259,13 @@ def read_parts(
     info = DATASETS[cfg.dataset]
     if cfg.dataset == "digits":
         x, y, classes = load_digits()
-        return dict(train=(x, y)), replace(info, classes=classes)
-    if cfg.dataset != "imagefolder":
+        parts = dict(train=(x, y))
+    if cfg.dataset.startswith("cifar"):
         (x, y, classes), test = (load_cifar(cfg.dataset, cfg.data_dir, t) for t in (True, False))
-        return dict(train=(x, y), test=test[:2]), replace(info, classes=classes)
+        parts = dict(train=(x, y), test=test[:2])
+    if cfg.dataset != "imagefolder":
+        size = cfg.image_size or info.image_size
+        return {p: (resize(x, size), y) for p, (x, y) in parts.items()}, replace(info, image_size=size, classes=classes)
     root = Path(cfg.data_dir)
     x, y, classes = scan_folder(root / "train")
     parts = dict(train=(x, y)) | {p: scan_folder(root / p, classes)[:2] for p in ("val", "test") if (root / p).is_dir()}

@@ -28,6 +28,8 @@ def atomic_write(
         write(tmp)
         with open(tmp, "rb+") as f: os.fsync(f.fileno())
         os.replace(tmp, path)
+    except (OSError, RuntimeError, SafetensorError) as e:  # torch and safetensors raise the last two when a disk is full
+        raise OSError(f"cannot write {path}: {str(e).splitlines()[0]}; is the disk full? What was there before still is") from None
     finally: tmp.unlink(missing_ok=True)
 
 # %% ../nbs/04_pretrained.ipynb #9117e109

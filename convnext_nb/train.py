@@ -31,13 +31,14 @@ from .pretrained import atomic_write, fit_state, load_weights, read_file, save_w
 class TrainConfig(DataConfig):
     "Everything that a run depends on."
     model: str = "convnext_atto"        # one of `list_models()`
-    patch_size: int | None = None       # the stem's kernel and stride; None: 4 above 64 pixels, 2 from 16 to 64, 1 below
+    patch_size: int | None = None       # the stem's kernel and stride; None: the data set's, or 4 above 64 pixels, 2 from 16 to 64, 1 below
     drop_path_rate: float = 0.          # stochastic depth of the last block; the paper: T .1, S .4, B and L .5
-    ls_init_value: float | None = .1    # first value of LayerScale; the paper's 1e-6 wants long runs; None: no LayerScale
-    epochs: int = 10                    # passes over the training images; the paper: 300
-    lr: float = 4e-3                    # highest learning rate; the paper's, at its batch of 4096
+    ls_init_value: float | None = 1.    # first value of LayerScale; the paper: 1e-6, which wants long runs; None: no LayerScale
+    init_std: float | None = None       # deviation of the first weights; None: 1/sqrt(fan-in); the paper: .02
+    epochs: int = 20                    # passes over the training images; the paper: 300
+    lr: float = 2e-3                    # highest learning rate; the paper: 4e-3 at its batch of 4096
     min_lr: float = 1e-6                # learning rate of the last step
-    warmup_epochs: float = 2.           # linear warm-up from 0; the paper: 20 of 300
+    warmup_epochs: float = 4.           # linear warm-up from 0; the paper: 20 of 300
     weight_decay: float = .05           # AdamW's, on matrices and kernels only
     label_smoothing: float = .1         # share of the target that is spread over all classes
     amp: bool | None = None             # bfloat16 autocast; None: on CUDA
@@ -56,13 +57,17 @@ def build_model(
     info,               # `DatasetInfo`: what `loader.info` says
 ) -> ConvNeXt:          # with fresh weights, which depend on cfg.seed alone
     "The network that `cfg` asks for, fit for the data."
-    patch_size = cfg.patch_size or (4 if info.image_size > SMALL else 2 if info.image_size >= 16 else 1)
+    patch_size = cfg.patch_size or info.patch_size or (4 if info.image_size > SMALL else 2 if info.image_size >= 16 else 1)
     if info.image_size < 8 * patch_size:
         raise ValueError(f"images of {info.image_size} pixels are smaller than the network's stride of {8 * patch_size}; "
                          f"use --patch_size {max(1, info.image_size // 8)} or a larger --image_size")
     torch.manual_seed(cfg.seed)
-    return create_model(cfg.model, num_classes=len(info.classes), in_chans=info.in_chans, patch_size=patch_size,
-                        drop_path_rate=cfg.drop_path_rate, ls_init_value=cfg.ls_init_value)
+    model = create_model(cfg.model, num_classes=len(info.classes), in_chans=info.in_chans, patch_size=patch_size,
+                         drop_path_rate=cfg.drop_path_rate, ls_init_value=cfg.ls_init_value)
+    for m in model.modules():  # the classifier keeps the paper's: its logits should start small
+        if isinstance(m, (nn.Conv2d, nn.Linear)) and m is not model.head.fc:
+            nn.init.normal_(m.weight, std=m.weight[0].numel() ** -.5 if cfg.init_std is None else cfg.init_std)
+    return model
 
 # %% ../nbs/03_train.ipynb #b6155f4a
 def param_groups(
@@ -210,14 +215,13 @@ def _metadata(cfg, model, info):
 
 # %% ../nbs/03_train.ipynb #575632b3
 def _report(run, history, cfg):
-    "history.csv and curves.png, and a line for the person who waits."
+    "history.csv, and a line for the person who waits."
     def write_csv(tmp):
         with tmp.open("w", newline="") as f:
             writer = csv.DictWriter(f, history[0])
             writer.writeheader()
             writer.writerows(history)
     atomic_write(run / "history.csv", write_csv)
-    atomic_write(run / "curves.png", lambda tmp: plot_history(run).savefig(tmp, format="png", dpi=100))
     r = history[-1]
     val = "" if r["val_top1"] is None else f"  val loss {r['val_loss']:.3f} top-1 {r['val_top1']:6.2%}"
     print(f"epoch {r['epoch']:{len(str(cfg.epochs))}}/{cfg.epochs}  train loss {r['train_loss']:.3f} top-1 {r['train_top1']:6.2%}{val}"
@@ -253,12 +257,13 @@ def train(
         row["images_per_s"] = len(train_dl) * cfg.batch_size / row["seconds"]
         val = evaluate(model, val_dl, amp) if val_dl else {}
         row |= dict(val_loss=val.get("loss"), val_top1=val.get("top1"))
-        if not val_dl or val["top1"] > max((r["val_top1"] for r in history), default=-1):
+        if not val_dl or val["top1"] >= max((r["val_top1"] for r in history), default=-1):
             save_weights(model, run / "best.safetensors", _metadata(cfg, model, train_dl.info))
         history.append(row)
         save_checkpoint(run / "last.pt", model, optimizer, scheduler, history=history)
         _report(run, history, cfg)
 
+    atomic_write(run / "curves.png", lambda tmp: plot_history(run).savefig(tmp, format="png", dpi=100))
     load_weights(model, run / "best.safetensors")
     seconds = sum(r["seconds"] for r in history)
     steps = cfg.epochs * len(train_dl)

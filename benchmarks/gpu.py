@@ -1,0 +1,37 @@
+"""Everything that needs a GPU, in stages of at most 9 minutes: python benchmarks/gpu.py STAGE   (or: make gpu STAGE=...)
+
+    test    the notebooks with their `cuda` cells, then pytest
+    cifar   CIFAR-10 from scratch at full scale: benchmarks/cifar10.py, three seeds
+    all     one after the other
+
+It uses the Python that runs it and installs nothing. CIFAR-10 comes from the imagefolder tree that CONVNEXT_NB_CIFAR10 names, or is downloaded.
+Further arguments go to the stage's script; `--device cpu --epochs 1` tries a stage out where there is no GPU.
+"""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+LIMIT = 540  # seconds, for each stage
+
+tree = os.environ.get("CONVNEXT_NB_CIFAR10")
+STAGES = {
+    "test": [[sys.executable, "-c", "from nbdev.test import nbdev_test; nbdev_test(flags='cuda', n_workers=1)"],
+             [sys.executable, "-m", "pytest", "-q", "-ra", "tests"]],
+    "cifar": [[sys.executable, "benchmarks/cifar10.py", "--epochs", "30", "--seeds", "3", *(["--data_dir", tree] if tree else [])]],
+}
+
+
+def main(stage="all", *extra):
+    if stage not in (*STAGES, "all"): sys.exit(f"gpu.py: error: unknown stage {stage!r}; use {', '.join(STAGES)} or all")
+    import torch
+    if not torch.cuda.is_available() and "cpu" not in extra: sys.exit(f"gpu.py: error: torch {torch.__version__} sees no GPU; --device cpu tries the cifar stage out")
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    for name in STAGES if stage == "all" else [stage]:
+        for command in STAGES[name]:
+            print("+", " ".join(command), *extra, flush=True)
+            subprocess.run([*command, *extra], cwd=ROOT, env=env, timeout=LIMIT, check=True)
+
+
+if __name__ == "__main__": main(*sys.argv[1:])

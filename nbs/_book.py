@@ -1,0 +1,69 @@
+"""What code keeps true in the notebooks and the README; `make export` runs it, tests/test_book.py calls it.
+
+    python nbs/_book.py              badges and README
+    python nbs/_book.py run NAME...  execute these notebooks in place first, `cuda` cells only where there is a GPU
+
+- Every chapter has the Open-in-Colab badge and the Colab install cell that settings.ini asks for.
+- README.md is nbs/index.ipynb, converted by nbconvert, with links that work from the project's root.
+"""
+import re
+import sys
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from nbconvert import MarkdownExporter
+from nbdev.config import get_config
+
+NBS = Path(__file__).parent
+BADGE, COLAB = "[![Open In Colab]", "#| hide\n# Colab"
+
+
+def badge(cfg, name):
+    "Markdown of the badge of the notebook `name`."
+    url = f"https://colab.research.google.com/github/{cfg.user}/{cfg.repo}/blob/{cfg.branch}/nbs/{name}"
+    return f"{BADGE}(https://colab.research.google.com/assets/colab-badge.svg)]({url})"
+
+
+def install(cfg):
+    "A code cell that installs the package where it runs on Colab, and does nothing elsewhere."
+    return (f"{COLAB} has torch and not this package\nimport importlib.util, sys\n\n"
+            'if "google.colab" in sys.modules and importlib.util.find_spec("convnext_nb") is None:\n'
+            f'    get_ipython().system("pip install -q git+{cfg.git_url}")')
+
+
+def chapter(path, cfg):
+    "The notebook at `path` as settings.ini wants it; a new one marks the two cells with BADGE and COLAB."
+    nb = nbformat.read(path, as_version=4)
+    for cell in nb.cells:
+        if cell.source.startswith((BADGE, "BADGE")): cell.source = badge(cfg, path.name)
+        if cell.source.startswith((COLAB, "#| hide\nCOLAB")): cell.source = install(cfg)
+    return nb
+
+
+def readme():
+    "The text of README.md."
+    text, _ = MarkdownExporter().from_filename(NBS / "index.ipynb")
+    text = re.sub(r"\]\(\.\./", "](", text)                                 # ../LICENSE -> LICENSE
+    text = re.sub(r"\]\((\w+\.ipynb)", r"](nbs/\1", text)                   # 00_blocks.ipynb -> nbs/00_blocks.ipynb
+    return "<!-- Made from nbs/index.ipynb by `make readme`. -->\n\n" + text.strip() + "\n"
+
+
+def run(path):
+    "Execute a notebook and keep its outputs; a `cuda` cell keeps those that it has where there is no GPU."
+    import torch
+    nb = nbformat.read(path, as_version=4)
+    for cell in nb.cells:
+        if "#| cuda" in cell.source and not torch.cuda.is_available(): cell.metadata.tags = ["skip-execution"]
+    NotebookClient(nb, timeout=1800, resources={"metadata": {"path": str(NBS)}}).execute()
+    for cell in nb.cells: cell.metadata = {}
+    nbformat.write(nb, path)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["run"]:
+        for name in sys.argv[2:]: run(NBS / f"{Path(name).stem}.ipynb")
+    for path in sorted(NBS.glob("*.ipynb")):
+        nb = chapter(path, get_config())
+        if nb != nbformat.read(path, as_version=4): nbformat.write(nb, path)
+    (NBS.parent / "README.md").write_text(readme(), encoding="utf-8")

@@ -1,0 +1,206 @@
+"What a notebook cell cannot host: the command in a process of its own, killed processes, full disks, downloads, the benchmarks."
+import functools
+import hashlib
+import http.server
+import io
+import json
+import os
+import pickle
+import resource
+import signal
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from convnext_nb.data import DataConfig, create_loaders
+from convnext_nb.pretrained import read_file
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = "--epochs 3 --warmup_epochs 1 --device cpu".split()
+COMMAND = [sys.executable, "-c", "from convnext_nb.train import main; main()"]
+
+
+def convnext_train(*args, **kw):
+    return subprocess.run([*COMMAND, *map(str, args)], capture_output=True, text=True, timeout=600, **kw)
+
+
+def fails(*args, **kw):
+    "The one line that a failing command writes."
+    p = convnext_train(*args, **kw)
+    assert p.returncode == 2 and p.stderr.count("\n") == 1 and p.stderr.startswith("convnext-train: error: "), (p.returncode, p.stderr)
+    return p.stderr
+
+
+def tree(root, parts, size, classes=("cat", "dog")):
+    "An imagefolder tree of noise; the first class is darker."
+    rng = np.random.default_rng(0)
+    for part, n in parts.items():
+        for k, c in enumerate(classes):
+            (root / part / c).mkdir(parents=True)
+            for i in range(n): Image.fromarray(rng.integers(0, 100 + 155 * k, (*size, 3), dtype=np.uint8)).save(root / part / c / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    "A run that was never interrupted, started by the installed console script."
+    out = tmp_path_factory.mktemp("run") / "whole"
+    script = Path(sys.executable).with_name("convnext-train")
+    command = [script] if script.exists() else COMMAND
+    p = subprocess.run([*command, *SMALL, "--out", out], capture_output=True, text=True, timeout=600)
+    assert p.returncode == 0, p.stderr
+    assert p.stdout.splitlines()[-1].startswith("test accuracy ") and p.stdout.splitlines()[-1].endswith(f"run folder: {out}")
+    return out
+
+
+def test_run_folder(finished):
+    assert sorted(p.name for p in finished.iterdir()) == ["best.safetensors", "config.json", "curves.png", "history.csv", "last.pt", "result.json"]
+    result = json.loads((finished / "result.json").read_text())
+    assert set(result) == set("test_top1 best_val_top1 epochs steps images_per_s seconds seed device torch model dataset num_params".split())
+    assert 0 < result["test_top1"] <= 1 and result["steps"] == 3 * 20
+    assert Image.open(finished / "curves.png").size[0] > 500
+
+
+@pytest.mark.parametrize("sig", [signal.SIGKILL, signal.SIGINT])
+def test_killed_and_resumed_ends_the_same(finished, tmp_path, sig):
+    out = tmp_path / "killed"
+    p = subprocess.Popen([*COMMAND, *SMALL, "--out", out], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert p.stdout.readline().startswith("epoch 1/3")  # its checkpoint is written; now it is within epoch 2
+    time.sleep(.3)
+    p.send_signal(sig)
+    _, err = p.communicate(timeout=60)
+    assert not (out / "result.json").exists()
+    if sig == signal.SIGINT: assert p.returncode == 130 and "--resume" in err and "Traceback" not in err
+    assert "already holds a run" in fails(*SMALL, "--out", out)
+    assert convnext_train(*SMALL, "--out", out, "--resume").returncode == 0
+    a, b = read_file(finished / "last.pt"), read_file(out / "last.pt")
+    for k in a["model"]: assert torch.equal(a["model"][k], b["model"][k]), k
+    for k, s in a["optimizer"]["state"].items():
+        for name in s: assert torch.equal(s[name], b["optimizer"]["state"][k][name]), (k, name)
+    same = lambda run: [{k: v for k, v in row.items() if k not in ("seconds", "images_per_s")} for row in run["extra"]["history"]]
+    assert same(a) == same(b)
+    assert read_file(finished / "best.safetensors").keys() == a["model"].keys()
+
+
+def test_full_disk_is_one_line_and_leaves_no_debris(tmp_path):
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+    err = fails(*SMALL, "--out", tmp_path / "run", preexec_fn=limit)
+    assert "cannot write" in err and "best.safetensors" in err
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["config.json"]
+
+
+def test_truncated_checkpoint_is_told(finished, tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "config.json").write_text((finished / "config.json").read_text())
+    (out / "last.pt").write_bytes((finished / "last.pt").read_bytes()[:1_000_000])
+    assert "last.pt is cut short or damaged" in fails(*SMALL, "--out", out, "--resume")
+
+
+def test_small_imagefolder(tmp_path):
+    root = tree(tmp_path / "small", dict(train=40, test=10), (16, 16))
+    p = convnext_train("--dataset", "imagefolder", "--data_dir", root, "--batch_size", 16, "--epochs", 4, "--warmup_epochs", 1, "--out", tmp_path / "run", "--device", "cpu")
+    assert p.returncode == 0, p.stderr
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["test_top1"] == 1 and result["dataset"] == "imagefolder"
+
+
+def test_large_imagefolder_decodes_in_workers(tmp_path):
+    root = tree(tmp_path / "large", dict(train=12, val=4), (80, 100))  # ImageNet's layout: no test/, val/ is the test set
+    args = ["--dataset", "imagefolder", "--data_dir", root, "--image_size", 96, "--batch_size", 8, "--epochs", 1, "--warmup_epochs", 0, "--num_workers", 2,
+            "--val_fraction", .2, "--device", "cpu"]
+    p = convnext_train(*args, "--out", tmp_path / "run")
+    assert p.returncode == 0, p.stderr
+    broken = root / "train" / "dog" / "3.png"
+    broken.write_bytes(broken.read_bytes()[:500])
+    err = fails(*args, "--out", tmp_path / "run2")
+    assert "cannot read the image" in err and str(broken) in err
+
+
+def test_test_images_never_train(tmp_path):
+    for seed in range(3):
+        loaders = create_loaders(DataConfig(seed=seed, device="cpu"))
+        seen = [{im.numpy().tobytes() for im in l.images} for l in loaders]
+        if seed == 0: test = seen[2]
+        assert seen[2] == test and not seen[0] & test and not seen[1] & test
+
+
+@pytest.fixture
+def server(tmp_path):
+    "A server on this machine with an archive in CIFAR-10's form, of 20 training and 10 test images."
+    from torchvision.datasets import CIFAR10
+    rng, files = np.random.default_rng(0), {}
+    batch = lambda n: pickle.dumps({"data": rng.integers(0, 256, (n, 3072), dtype=np.uint8), "labels": [i % 10 for i in range(n)]})
+    for name in ["data_batch_1", "test_batch"]: files[name] = batch(20 if "data" in name else 10)
+    files["batches.meta"] = pickle.dumps({"label_names": list("abcdefghij")})
+    (tmp_path / "www").mkdir()
+    archive = tmp_path / "www" / CIFAR10.filename
+    with tarfile.open(archive, "w:gz") as tar:
+        for name, blob in files.items():
+            info = tarfile.TarInfo(f"{CIFAR10.base_folder}/{name}")
+            info.size = len(blob)
+            tar.addfile(info, io.BytesIO(blob))
+    md5 = lambda blob: hashlib.md5(blob).hexdigest()
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=archive.parent)
+    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    patched = dict(url=f"http://127.0.0.1:{httpd.server_address[1]}/{CIFAR10.filename}", tgz_md5=md5(archive.read_bytes()),
+                   train_list=[["data_batch_1", md5(files["data_batch_1"])]], test_list=[["test_batch", md5(files["test_batch"])]],
+                   meta={"filename": "batches.meta", "key": "label_names", "md5": md5(files["batches.meta"])})
+    with pytest.MonkeyPatch.context() as m:
+        for k, v in patched.items(): m.setattr(CIFAR10, k, v)
+        yield CIFAR10
+    httpd.shutdown()
+
+
+def test_download(server, tmp_path):
+    cfg = DataConfig(dataset="cifar10", data_dir=str(tmp_path / "data"), batch_size=5, val_fraction=.5, device="cpu")
+    train, val, test = create_loaders(cfg)
+    assert (train.num_samples, val.num_samples, test.num_samples) == (10, 10, 10)
+    assert test.info.classes == tuple("abcdefghij")
+    server.url = "http://127.0.0.1:9/"  # nothing listens; what was downloaded serves
+    assert create_loaders(cfg)[2].num_samples == 10
+
+
+def test_damaged_download_is_refused(server, tmp_path):
+    server.tgz_md5 = "0" * 32
+    with pytest.raises(OSError, match="cannot get cifar10 into .*with no network, copy cifar-10-python.tar.gz"):
+        create_loaders(DataConfig(dataset="cifar10", data_dir=str(tmp_path / "data"), device="cpu"))
+
+
+def test_benchmark_and_gpu_stage_run_on_the_cpu(tmp_path):
+    env = os.environ | {"CONVNEXT_NB_CIFAR10": str(tree(tmp_path, dict(train=80, test=10), (32, 32), classes=list("abcdefghij")[:4]))}
+    extra = ["--device", "cpu", "--epochs", "1", "--seeds", "1", "--name", f"try_{os.getpid()}"]
+    results = ROOT / "benchmarks" / "results"
+    try:
+        p = subprocess.run([sys.executable, "benchmarks/gpu.py", "cifar", *extra], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+        assert p.returncode == 0, p.stderr
+        result = json.loads((results / f"{extra[-1]}.json").read_text())
+        assert set(result["summary"]) == {"patch_size=2", "patch_size=4"} and result["torch"] == torch.__version__
+        assert (results / f"{extra[-1]}.png").exists()
+    finally:
+        for path in results.glob(f"{extra[-1]}.*"): path.unlink()
+    p = subprocess.run([sys.executable, "benchmarks/gpu.py", "nothing"], cwd=ROOT, capture_output=True, text=True)
+    assert p.returncode == 1 and "unknown stage 'nothing'" in p.stderr
+
+
+@pytest.mark.skipif("CONVNEXT_NB_CIFAR10" not in os.environ, reason="CONVNEXT_NB_CIFAR10 names no tree of the real CIFAR-10")
+def test_learns_real_cifar10(tmp_path):
+    "A quarter of the training images, two epochs: far above the 10% of chance, and above what a net that sees only colours reaches."
+    real = Path(os.environ["CONVNEXT_NB_CIFAR10"])
+    for c in sorted(p.name for p in (real / "train").iterdir()):
+        (tmp_path / "train" / c).mkdir(parents=True)
+        for f in sorted((real / "train" / c).iterdir())[::4]: (tmp_path / "train" / c / f.name).symlink_to(f)
+    (tmp_path / "test").symlink_to(real / "test")
+    p = convnext_train("--dataset", "imagefolder", "--data_dir", tmp_path, "--patch_size", 2, "--batch_size", 64, "--epochs", 3, "--warmup_epochs", 1,
+                       "--val_fraction", 0, "--device", "cpu", "--out", tmp_path / "run")
+    assert p.returncode == 0, p.stderr
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["test_top1"] > LOWER_LINE
