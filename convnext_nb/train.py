@@ -36,7 +36,7 @@ class TrainConfig(DataConfig):
     ls_init_value: float | None = 1.    # first value of LayerScale; the paper: 1e-6, which wants long runs; None: no LayerScale
     init_std: float | None = None       # deviation of the first weights; None: 1/sqrt(fan-in); the paper: .02
     epochs: int = 20                    # passes over the training images; the paper: 300
-    lr: float = 2e-3                    # highest learning rate; the paper: 4e-3 at its batch of 4096
+    lr: float = 4e-3                    # highest learning rate; the paper has the same at its batch of 4096
     min_lr: float = 1e-6                # learning rate of the last step
     warmup_epochs: float = 4.           # linear warm-up from 0; the paper: 20 of 300
     weight_decay: float = .05           # AdamW's, on matrices and kernels only
