@@ -38,7 +38,7 @@ class TrainConfig(DataConfig):
     epochs: int = 20                    # passes over the training images; the paper: 300
     lr: float = 4e-3                    # highest learning rate; the paper has the same at its batch of 4096
     min_lr: float = 1e-6                # learning rate of the last step
-    warmup_epochs: float = 4.           # linear warm-up from 0; the paper: 20 of 300
+    warmup_epochs: float | None = None  # linear warm-up from 0; None: a fifth of the epochs; the paper: 20 of 300
     weight_decay: float = .05           # AdamW's, on matrices and kernels only
     label_smoothing: float = .1         # share of the target that is spread over all classes
     amp: bool | None = None             # bfloat16 autocast; None: on CUDA
@@ -46,9 +46,9 @@ class TrainConfig(DataConfig):
     resume: bool = False                # go on with the run in `out`, or start it if there is none
 
     def __post_init__(self):
-        least = dict(batch_size=1, epochs=1, lr=1e-12, min_lr=0, warmup_epochs=0, weight_decay=0, label_smoothing=0)
+        least = dict(seed=0, batch_size=1, epochs=1, lr=1e-12, min_lr=0, warmup_epochs=0, weight_decay=0, label_smoothing=0)
         for name, low in least.items():
-            if not getattr(self, name) >= low: raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {low}")
+            if getattr(self, name) is not None and not getattr(self, name) >= low: raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {low}")
         if not self.label_smoothing < 1: raise ValueError(f"label_smoothing is {self.label_smoothing}; it must be less than 1")
 
 # %% ../nbs/03_train.ipynb #5a870c23
@@ -86,7 +86,8 @@ def lr_at(
     epoch_steps: int,    # steps in an epoch
 ) -> float:              # learning rate of the next step
     "Linear warm-up from 0 to `lr`, then cosine down to `min_lr`."
-    warmup, total = cfg.warmup_epochs * epoch_steps, cfg.epochs * epoch_steps
+    total = cfg.epochs * epoch_steps
+    warmup = total / 5 if cfg.warmup_epochs is None else cfg.warmup_epochs * epoch_steps
     if step < warmup: return cfg.lr * (step + 1) / (warmup + 1)
     done = min(1, (step - warmup) / max(1, total - 1 - warmup))
     return cfg.min_lr + (cfg.lr - cfg.min_lr) * (1 + math.cos(math.pi * done)) / 2
@@ -106,7 +107,8 @@ def train_epoch(
     sums = torch.zeros(3, device=device)  # loss, correct, images
     model.train()
     for i, (x, y) in enumerate(bar := tqdm(loader, title, leave=False, disable=None)):
-        x, y = x.to(device, non_blocking=True, memory_format=torch.channels_last), y.to(device, non_blocking=True)
+        x = x.to(device, non_blocking=True, memory_format=torch.channels_last)
+        y = y.to(device, non_blocking=True)
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             logits = model(x)
             loss = criterion(logits, y)
@@ -117,8 +119,9 @@ def train_epoch(
         sums += torch.stack([loss.detach() * len(y), (logits.argmax(1) == y).sum(), loss.new_tensor(len(y))])
         if i % 20 == 19 or i + 1 == len(loader):
             mean, top1, _ = (sums / sums[2]).tolist()
-            if not math.isfinite(mean): raise FloatingPointError(f"the loss is {mean} at step {i + 1} of this epoch, learning rate {scheduler.get_last_lr()[0]:.2g}")
-            bar.set_postfix(loss=f"{mean:.3f}", top1=f"{top1:.1%}", lr=f"{scheduler.get_last_lr()[0]:.1e}")
+            lr = scheduler.get_last_lr()[0]
+            if not math.isfinite(mean): raise FloatingPointError(f"the loss is {mean} at step {i + 1}, learning rate {lr:.2g}")
+            bar.set_postfix(loss=f"{mean:.3f}", top1=f"{top1:.1%}", lr=f"{lr:.1e}")
     return mean, top1
 
 # %% ../nbs/03_train.ipynb #6de64393
@@ -201,6 +204,7 @@ def plot_history(
     for ax, (name, parts) in zip(axes, {"loss": ("train", "val"), "top1": ("train", "val"), "lr": ("",)}.items()):
         for part in parts: ax.plot(get("epoch"), get(f"{part}_{name}".strip("_")), "o-", ms=3, label=part)
         ax.set(title=dict(loss="loss", top1="top-1 accuracy", lr="learning rate")[name], xlabel="epoch")
+        ax.xaxis.get_major_locator().set_params(integer=True)
         ax.grid(alpha=.3)
         if len(parts) > 1: ax.legend()
     plt.close(fig)
@@ -249,10 +253,11 @@ def train(
         start = time.perf_counter()
         torch.manual_seed(mix_seed(cfg.seed, epoch))  # drop path
         train_dl.set_epoch(epoch)
-        row = dict(epoch=epoch + 1, lr=scheduler.get_last_lr()[0])
-        try: row["train_loss"], row["train_top1"] = train_epoch(model, train_dl, optimizer, scheduler, criterion, amp, f"epoch {epoch + 1}/{cfg.epochs}")
+        row, title = dict(epoch=epoch + 1, lr=scheduler.get_last_lr()[0]), f"epoch {epoch + 1}/{cfg.epochs}"
+        try: row["train_loss"], row["train_top1"] = train_epoch(model, train_dl, optimizer, scheduler, criterion, amp, title)
         except FloatingPointError as e:
-            raise FloatingPointError(f"{e}, in epoch {epoch + 1}; use a smaller --lr or a longer --warmup_epochs; {run} keeps {epoch} good epochs") from None
+            raise FloatingPointError(f"{e}, epoch {epoch + 1}; use a smaller --lr or a longer --warmup_epochs; "
+                                     f"{run} keeps {epoch} good epochs") from None
         row["seconds"] = time.perf_counter() - start
         row["images_per_s"] = len(train_dl) * cfg.batch_size / row["seconds"]
         val = evaluate(model, val_dl, amp) if val_dl else {}
@@ -267,9 +272,9 @@ def train(
     load_weights(model, run / "best.safetensors")
     seconds = sum(r["seconds"] for r in history)
     steps = cfg.epochs * len(train_dl)
-    result = dict(test_top1=evaluate(model, test_dl, amp)["top1"], best_val_top1=max((r["val_top1"] for r in history), default=None) if val_dl else None,
-                  epochs=cfg.epochs, steps=steps, images_per_s=steps * cfg.batch_size / seconds, seconds=seconds, seed=cfg.seed, device=str(device),
-                  torch=torch.__version__, model=cfg.model, dataset=cfg.dataset, num_params=count_params(model))
+    result = dict(test_top1=evaluate(model, test_dl, amp)["top1"], best_val_top1=max(r["val_top1"] for r in history) if val_dl else None,
+                  epochs=cfg.epochs, steps=steps, images_per_s=steps * cfg.batch_size / seconds, seconds=seconds, seed=cfg.seed,
+                  device=str(device), torch=torch.__version__, model=cfg.model, dataset=cfg.dataset, num_params=count_params(model))
     atomic_write(run / "result.json", lambda tmp: tmp.write_text(json.dumps(result, indent=1)))
     return result
 

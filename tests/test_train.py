@@ -194,7 +194,7 @@ def test_benchmark_and_gpu_stage_run_on_the_cpu(tmp_path):
 
 @pytest.mark.skipif("CONVNEXT_NB_CIFAR10" not in os.environ, reason="CONVNEXT_NB_CIFAR10 names no tree of the real CIFAR-10")
 def test_learns_real_cifar10(tmp_path):
-    "A quarter of the training images, two epochs: far above the 10% of chance, and above what a net that sees only colours reaches."
+    "A quarter of the training images, three epochs: far above the 10% of chance, and above what a net that sees only colours reaches."
     real = Path(os.environ["CONVNEXT_NB_CIFAR10"])
     for c in sorted(p.name for p in (real / "train").iterdir()):
         (tmp_path / "train" / c).mkdir(parents=True)
@@ -203,4 +203,4 @@ def test_learns_real_cifar10(tmp_path):
     p = convnext_train("--dataset", "imagefolder", "--data_dir", tmp_path, "--patch_size", 2, "--batch_size", 64, "--epochs", 3, "--warmup_epochs", 1,
                        "--val_fraction", 0, "--device", "cpu", "--out", tmp_path / "run")
     assert p.returncode == 0, p.stderr
-    assert json.loads((tmp_path / "run" / "result.json").read_text())["test_top1"] > LOWER_LINE
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["test_top1"] > .42
