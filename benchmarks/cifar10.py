@@ -32,7 +32,8 @@ a = ap.parse_args()
 device = pick_device(a.device)
 name = a.name or f"cifar10_{device.type}"
 data = dict(dataset="imagefolder", data_dir=a.data_dir) if a.data_dir else dict(dataset="cifar10")
-runs, folder = [], Path(tempfile.mkdtemp())
+runs, folder, where = [], Path(tempfile.mkdtemp()), environment(device)
+if a.data_dir: where["command"] = where["command"].replace(a.data_dir, "TREE")
 for seed in range(a.seeds):
     for patch_size in a.patch_sizes:  # interleaved: what the machine does meanwhile, it does to both
         cfg = TrainConfig(**data, model="convnext_atto", patch_size=patch_size, batch_size=128, epochs=a.epochs, warmup_epochs=a.epochs / 4,
@@ -60,5 +61,5 @@ ax.set(xlabel="epoch", ylabel="training accuracy (augmented)", title="convnext_a
 ax.grid(alpha=.3)
 ax.legend(fontsize=8)
 fig.savefig(RESULTS / f"{name}.png", dpi=110)
-print(write(name, **environment(device), summary=summary, runs=runs))
+print(write(name, **where, summary=summary, runs=runs))
 shutil.rmtree(folder)

@@ -43,7 +43,12 @@ def chapter(path, cfg):
 
 def readme():
     "The text of README.md."
-    text, _ = MarkdownExporter().from_filename(NBS / "index.ipynb")
+    nb = nbformat.read(NBS / "index.ipynb", as_version=4)
+    nb.metadata.language_info = {"name": "python"}
+    for cell in nb.cells:
+        if cell.source.startswith("#| echo: false"): cell.metadata.transient = {"remove_source": True}
+    text, _ = MarkdownExporter().from_notebook_node(nb)
+    text = re.sub(r"\n{3,}", "\n\n", text)
     text = re.sub(r"\]\(\.\./", "](", text)                                 # ../LICENSE -> LICENSE
     text = re.sub(r"\]\((\w+\.ipynb)", r"](nbs/\1", text)                   # 00_blocks.ipynb -> nbs/00_blocks.ipynb
     return "<!-- Made from nbs/index.ipynb by `make readme`. -->\n\n" + text.strip() + "\n"
