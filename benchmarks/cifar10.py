@@ -29,6 +29,19 @@ ap.add_argument("--device")
 ap.add_argument("--name", help="of the result; default: cifar10_<device>")
 a = ap.parse_args()
 
+
+
+def summarize(runs):
+    "Mean test accuracy, its spread over seeds, and median seconds, for each patch size."
+    summary = {}
+    for p in sorted({r["config"]["patch_size"] for r in runs}):
+        results = [r["result"] for r in runs if r["config"]["patch_size"] == p]
+        top1 = [r["test_top1"] for r in results]
+        summary[f"patch_size={p}"] = dict(test_top1=statistics.mean(top1), spread=statistics.stdev(top1) if len(top1) > 1 else None,
+                                          seeds=len(top1), seconds=statistics.median(r["seconds"] for r in results))
+    return summary
+
+
 device = pick_device(a.device)
 name = a.name or f"cifar10_{device.type}"
 data = dict(dataset="imagefolder", data_dir=a.data_dir) if a.data_dir else dict(dataset="cifar10")
@@ -43,14 +56,8 @@ for seed in range(a.seeds):
         history = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader((Path(cfg.out) / "history.csv").open())]
         config = {k: v for k, v in asdict(cfg).items() if k not in ("data_dir", "out", "resume")}
         runs.append(dict(config=config, result=result, history=history))
+        path = write(name, **where, summary=summarize(runs), runs=runs)  # after each run: an interrupted benchmark keeps what it has
         print(f"patch_size {patch_size}, seed {seed}: test {result['test_top1']:.2%}", flush=True)
-
-summary = {}
-for p in a.patch_sizes:
-    top1 = [r["result"]["test_top1"] for r in runs if r["config"]["patch_size"] == p]
-    seconds = [r["result"]["seconds"] for r in runs if r["config"]["patch_size"] == p]
-    summary[f"patch_size={p}"] = dict(test_top1=statistics.mean(top1), spread=statistics.stdev(top1) if len(top1) > 1 else None, seeds=len(top1),
-                                      seconds=statistics.median(seconds))
 
 fig, ax = plt.subplots(figsize=(6, 3.2), layout="constrained")
 for r in runs:
@@ -61,5 +68,5 @@ ax.set(xlabel="epoch", ylabel="training accuracy (augmented)", title="convnext_a
 ax.grid(alpha=.3)
 ax.legend(fontsize=8)
 fig.savefig(RESULTS / f"{name}.png", dpi=110)
-print(write(name, **where, summary=summary, runs=runs))
+print(path)
 shutil.rmtree(folder)

@@ -5,11 +5,12 @@
     all     one after the other
 
 It uses the Python that runs it and installs nothing. CIFAR-10 comes from the imagefolder tree that CONVNEXT_NB_CIFAR10 names, or is downloaded.
-Further arguments go to the stage's script; `--device cpu --epochs 1` tries a stage out where there is no GPU.
+Further arguments go to the cifar stage; `--device cpu --epochs 1` tries a stage out where there is no GPU.
 """
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,9 +30,13 @@ def main(stage="all", *extra):
     if not torch.cuda.is_available() and "cpu" not in extra: sys.exit(f"gpu.py: error: torch {torch.__version__} sees no GPU; --device cpu tries the cifar stage out")
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     for name in STAGES if stage == "all" else [stage]:
+        end = time.monotonic() + LIMIT
         for command in STAGES[name]:
-            print("+", " ".join(command), *extra, flush=True)
-            subprocess.run([*command, *extra], cwd=ROOT, env=env, timeout=LIMIT, check=True)
+            if name != "test": command = [*command, *extra]
+            print("+", " ".join(command), flush=True)
+            try: subprocess.run(command, cwd=ROOT, env=env, timeout=end - time.monotonic(), check=True)
+            except subprocess.CalledProcessError as e: sys.exit(f"gpu.py: error: stage {name} failed with status {e.returncode}")
+            except subprocess.TimeoutExpired: sys.exit(f"gpu.py: error: stage {name} took more than {LIMIT} s; what it had written stands")
 
 
 if __name__ == "__main__": main(*sys.argv[1:])

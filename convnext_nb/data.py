@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 # %% ../nbs/02_data.ipynb #29d37d88
@@ -126,7 +126,8 @@ def pick_device(name: str | None = None) -> torch.device:
     if name.partition(":")[0] not in ("cpu", "cuda"): raise ValueError(f"unknown device {name!r}; use cpu or cuda")
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device {name!r} was asked for, but torch {torch.__version__} sees no GPU; use --device cpu")
-    return torch.device(name)
+    try: return torch.device(name)
+    except RuntimeError: raise ValueError(f"unknown device {name!r}; use cpu, cuda, or cuda:N") from None
 
 # %% ../nbs/02_data.ipynb #72493bb7
 def read_image(path) -> Image.Image:
@@ -160,7 +161,7 @@ class ImageFiles(Dataset):
         epoch, i = divmod(key, len(self))
         image = read_image(self.paths[i])
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(mix_seed(self.seed, epoch, i))
+            torch.default_generator.manual_seed(mix_seed(self.seed, epoch, i))  # of the CPU: the GPU's is not ours to touch
             return self.transform(image), int(self.labels[i])
 
 # %% ../nbs/02_data.ipynb #e3e01882
@@ -207,7 +208,7 @@ def load_cifar(name: str, root, train: bool):
     cls = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
     try: d = cls(root, train=train, download=True)
     except (OSError, RuntimeError) as e:
-        raise OSError(f"cannot get {name} into {root}: {str(e).splitlines()[0]}; with no network, copy {cls.filename} from {cls.url} into {root}") from None
+        raise OSError(f"cannot get {name} into {root}: {(str(e) or repr(e)).splitlines()[0]}; with no network, copy {cls.filename} from {cls.url} into {root}") from None
     return d.data, np.array(d.targets), tuple(d.classes)
 
 # %% ../nbs/02_data.ipynb #b75026d0
@@ -238,17 +239,17 @@ SMALL = 64  # images of at most this side, in pixels, are kept in memory
 def own_size(paths, labels) -> int:
     "Side of the images if the first of each class agree on one square of at most `SMALL` pixels, else 224."
     first = np.unique(labels, return_index=True)[1]
-    sizes = {Image.open(paths[i]).size for i in first}
+    sizes = {read_image(paths[i]).size for i in first}
     w, h = sizes.pop()
     return w if not sizes and w == h <= SMALL else DATASETS["imagefolder"].image_size
 
 # %% ../nbs/02_data.ipynb #d9417582
 def decode(paths, size: int) -> np.ndarray:
-    "All images as one array (N, size, size, 3) uint8, resized (bicubic) where their size differs."
+    "All images as one array (N, size, size, 3) uint8, cropped to a square in the middle and resized (bicubic) where their size differs."
     images = np.empty((len(paths), size, size, 3), np.uint8)
     for i, path in enumerate(paths):
         image = read_image(path)
-        images[i] = image if image.size == (size, size) else image.resize((size, size), Image.Resampling.BICUBIC)
+        images[i] = image if image.size == (size, size) else ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
     return images
 
 # %% ../nbs/02_data.ipynb #7ea08e95
@@ -292,7 +293,7 @@ def hold_out(
 # %% ../nbs/02_data.ipynb #6fccc3cd
 def create_loaders(
     cfg: DataConfig,
-) -> tuple:  # train, val, test; val is None if there is no `val/` and `val_fraction` is 0
+) -> tuple:  # train, val, test; val is None if `val_fraction` is 0 and there are not both `val/` and `test/`
     "Loaders of (images, labels): float32 (B, C, H, W), normalized, and int64 (B,)."
     if cfg.dataset not in DATASETS:
         near = get_close_matches(cfg.dataset, DATASETS, n=1, cutoff=.4) or DATASETS

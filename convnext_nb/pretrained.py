@@ -29,7 +29,7 @@ def atomic_write(
         with open(tmp, "rb+") as f: os.fsync(f.fileno())
         os.replace(tmp, path)
     except (OSError, RuntimeError, SafetensorError) as e:  # torch and safetensors raise the last two when a disk is full
-        raise OSError(f"cannot write {path}: {str(e).splitlines()[0]}; is the disk full? What was there before still is") from None
+        raise OSError(f"cannot write {path}: {(str(e) or repr(e)).splitlines()[0]}; is the disk full? What was there before still is") from None
     finally: tmp.unlink(missing_ok=True)
 
 # %% ../nbs/04_pretrained.ipynb #9117e109
@@ -52,9 +52,10 @@ def read_file(
     try: found = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:
         raise ValueError(f"{path} holds Python objects, or is no file of torch's: only tensors and plain containers are read, code is never run "
-                         f"({str(e).splitlines()[0][:90]})") from None
-    except (SafetensorError, RuntimeError, EOFError) as e:
-        raise ValueError(f"{path} is cut short or damaged ({str(e).splitlines()[0][:90]}); get the file again") from None
+                         f"({(str(e) or repr(e)).splitlines()[0][:90]})") from None
+    except OSError: raise
+    except Exception as e:  # a damaged pickle can raise nearly anything
+        raise ValueError(f"{path} is cut short or damaged ({(str(e) or repr(e)).splitlines()[0][:90]}); get the file again") from None
     if not isinstance(found, dict): raise ValueError(f"{path} holds a {type(found).__name__}; a dict of tensors was expected")
     return found
 
@@ -84,7 +85,7 @@ def _from_timm(tag):
         raise ValueError(f"{tag!r} is neither a file nor a timm tag; did you mean {' or '.join(near)}?")
     try: return timm.create_model(tag, pretrained=True).state_dict()
     except Exception as e:
-        raise OSError(f"cannot get {tag} from the hub or its cache: {str(e).strip().splitlines()[0]}; with no network, pass a file") from None
+        raise OSError(f"cannot get {tag} from the hub or its cache: {(str(e).strip() or repr(e)).splitlines()[0]}; with no network, pass a file") from None
 
 # %% ../nbs/04_pretrained.ipynb #f20553de
 def load_weights(

@@ -46,10 +46,12 @@ class TrainConfig(DataConfig):
     resume: bool = False                # go on with the run in `out`, or start it if there is none
 
     def __post_init__(self):
-        least = dict(seed=0, batch_size=1, epochs=1, lr=1e-12, min_lr=0, warmup_epochs=0, weight_decay=0, label_smoothing=0)
-        for name, low in least.items():
-            if getattr(self, name) is not None and not getattr(self, name) >= low: raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {low}")
-        if not self.label_smoothing < 1: raise ValueError(f"label_smoothing is {self.label_smoothing}; it must be less than 1")
+        limits = dict(seed=(0, 2**32 - 1), image_size=(1, 2**14), patch_size=(1, 2**10), batch_size=(1, 2**24), num_workers=(0, 2**10), epochs=(1, 2**24),
+                      lr=(1e-12, 1e12), min_lr=(0, 1e12), warmup_epochs=(0, self.epochs), weight_decay=(0, 1e6), init_std=(0, 1e6),
+                      label_smoothing=(0, .999), drop_path_rate=(0, .999))
+        for name, (low, high) in limits.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high: raise ValueError(f"{name} is {value}; it must lie in [{low}, {high}]")
 
 # %% ../nbs/03_train.ipynb #5a870c23
 def build_model(
@@ -104,7 +106,7 @@ def train_epoch(
 ) -> tuple:               # mean loss, top-1 accuracy in [0, 1]
     "One pass over the training images."
     device = next(model.parameters()).device
-    sums = torch.zeros(3, device=device)  # loss, correct, images
+    sums, count = torch.zeros(2, device=device), 0  # loss and correct, images
     model.train()
     for i, (x, y) in enumerate(bar := tqdm(loader, title, leave=False, disable=None)):
         x = x.to(device, non_blocking=True, memory_format=torch.channels_last)
@@ -116,9 +118,10 @@ def train_epoch(
         loss.backward()
         optimizer.step()
         scheduler.step()
-        sums += torch.stack([loss.detach() * len(y), (logits.argmax(1) == y).sum(), loss.new_tensor(len(y))])
+        sums += torch.stack([loss.detach() * len(y), (logits.argmax(1) == y).sum()])
+        count += len(y)
         if i % 20 == 19 or i + 1 == len(loader):
-            mean, top1, _ = (sums / sums[2]).tolist()
+            mean, top1 = (sums / count).tolist()
             lr = scheduler.get_last_lr()[0]
             if not math.isfinite(mean): raise FloatingPointError(f"the loss is {mean} at step {i + 1}, learning rate {lr:.2g}")
             bar.set_postfix(loss=f"{mean:.3f}", top1=f"{top1:.1%}", lr=f"{lr:.1e}")
@@ -133,15 +136,16 @@ def evaluate(
 ) -> dict:                # loss (cross-entropy, without label smoothing), top1 in [0, 1], count
     "How well the model does on all images of a loader."
     device = next(model.parameters()).device
-    sums = torch.zeros(3, device=device, dtype=torch.float64)  # loss, correct, images
+    sums, count = torch.zeros(2, device=device, dtype=torch.float64), 0  # loss and correct, images
     model.eval()
     for x, y in loader:
         x, y = x.to(device, non_blocking=True, memory_format=torch.channels_last), y.to(device, non_blocking=True)
         with torch.autocast(device.type, torch.bfloat16, enabled=amp): logits = model(x)
         losses = nn.functional.cross_entropy(logits.float(), y, reduction="sum")
-        sums += torch.stack([losses, (logits.argmax(1) == y).sum(), losses.new_tensor(len(y))])
-    loss, correct, count = sums.tolist()
-    return dict(loss=loss / count, top1=correct / count, count=int(count))
+        sums += torch.stack([losses, (logits.argmax(1) == y).sum()])
+        count += len(y)
+    loss, top1 = (sums / count).tolist()
+    return dict(loss=loss, top1=top1, count=count)
 
 # %% ../nbs/03_train.ipynb #19da6ba6
 def save_checkpoint(
@@ -166,9 +170,10 @@ def load_checkpoint(
     state = read_file(path)
     if not {"model", "optimizer", "scheduler", "extra"} <= state.keys():
         raise ValueError(f"{path} is no checkpoint of a run (it has {', '.join(map(str, list(state)[:3]))}); for weights alone use load_weights")
-    model.load_state_dict(fit_state(state["model"], model, path))
+    weights = fit_state(state["model"], model, path)
     if optimizer: optimizer.load_state_dict(state["optimizer"])
     if scheduler: scheduler.load_state_dict(state["scheduler"])
+    model.load_state_dict(weights)
     return state["extra"]
 
 # %% ../nbs/03_train.ipynb #786b210b
@@ -181,9 +186,10 @@ def run_folder(
         names = (Path("runs", cfg.dataset + (f"-{i}" if i > 1 else "")) for i in range(1, sys.maxsize))
         return next(p for p in names if not p.exists())
     run = Path(cfg.out)
-    if not (run / "config.json").exists(): return run
+    if not any((run / name).exists() for name in ("config.json", "last.pt", "best.safetensors", "result.json")): return run
     if not cfg.resume: raise FileExistsError(f"{run} already holds a run; add --resume to go on with it, or choose another --out")
-    old = json.loads((run / "config.json").read_text())
+    try: old = json.loads((run / "config.json").read_text())
+    except (OSError, ValueError) as e: raise ValueError(f"cannot resume: {run / 'config.json'} cannot be read ({e})") from None
     odd = [f"{k} was {old.get(k)!r} and is {v!r}" for k, v in asdict(cfg).items() if old.get(k) != v and k not in MAY_CHANGE]
     if odd: raise ValueError(f"{run} was started with another configuration: {'; '.join(odd[:3])}; use the same, or another --out")
     return run
@@ -237,6 +243,7 @@ def train(
 ) -> dict:              # what result.json holds
     "Train as `cfg` says and leave a run folder."
     run, device, history = run_folder(cfg), pick_device(cfg.device), []
+    if (run / "result.json").exists(): return json.loads((run / "result.json").read_text())  # resumed, but there is nothing left to do
     train_dl, val_dl, test_dl = create_loaders(cfg)
     model = build_model(cfg, train_dl.info).to(device, memory_format=torch.channels_last)
     amp = device.type == "cuda" if cfg.amp is None else cfg.amp
@@ -245,8 +252,8 @@ def train(
     criterion = nn.CrossEntropyLoss(label_smoothing=cfg.label_smoothing)
 
     run.mkdir(parents=True, exist_ok=True)
-    atomic_write(run / "config.json", lambda tmp: tmp.write_text(json.dumps(asdict(cfg), indent=1)))
-    if (run / "result.json").exists(): return json.loads((run / "result.json").read_text())  # resumed, but there is nothing left to do
+    atomic_write(run / "config.json", lambda tmp: tmp.write_text(json.dumps(asdict(cfg), indent=1, default=str)))
+    for debris in run.glob(".*.tmp"): debris.unlink()  # of a process that was killed while it wrote
     if (run / "last.pt").exists(): history = load_checkpoint(run / "last.pt", model, optimizer, scheduler)["history"]
 
     for epoch in range(len(history), cfg.epochs):
@@ -254,7 +261,9 @@ def train(
         torch.manual_seed(mix_seed(cfg.seed, epoch))  # drop path
         train_dl.set_epoch(epoch)
         row, title = dict(epoch=epoch + 1, lr=scheduler.get_last_lr()[0]), f"epoch {epoch + 1}/{cfg.epochs}"
-        try: row["train_loss"], row["train_top1"] = train_epoch(model, train_dl, optimizer, scheduler, criterion, amp, title)
+        try:
+            row["train_loss"], row["train_top1"] = train_epoch(model, train_dl, optimizer, scheduler, criterion, amp, title)
+            if not all(p.isfinite().all() for p in model.parameters()): raise FloatingPointError("a weight is no longer finite")
         except FloatingPointError as e:
             raise FloatingPointError(f"{e}, epoch {epoch + 1}; use a smaller --lr or a longer --warmup_epochs; "
                                      f"{run} keeps {epoch} good epochs") from None
@@ -265,8 +274,8 @@ def train(
         if not val_dl or val["top1"] >= max((r["val_top1"] for r in history), default=-1):
             save_weights(model, run / "best.safetensors", _metadata(cfg, model, train_dl.info))
         history.append(row)
-        save_checkpoint(run / "last.pt", model, optimizer, scheduler, history=history)
         _report(run, history, cfg)
+        save_checkpoint(run / "last.pt", model, optimizer, scheduler, history=history)
 
     atomic_write(run / "curves.png", lambda tmp: plot_history(run).savefig(tmp, format="png", dpi=100))
     load_weights(model, run / "best.safetensors")
@@ -302,6 +311,7 @@ def main(
         cfg = TrainConfig(**vars(parser.parse_args(argv)))
         cfg = replace(cfg, out=str(run_folder(cfg)))
         result = train(cfg)
-    except (ValueError, OSError, FloatingPointError) as e: parser.error(str(e).strip().splitlines()[-1])
+    except torch.OutOfMemoryError: parser.error(f"the GPU's memory is full at batch_size {cfg.batch_size}; use a smaller --batch_size")
+    except (ValueError, OSError, FloatingPointError) as e: parser.error((str(e).strip() or repr(e)).splitlines()[-1])
     except KeyboardInterrupt: parser.exit(130, f"\nconvnext-train: stopped; to go on: the same command with --out {cfg.out} --resume\n")
     print(f"test accuracy {result['test_top1']:.2%} after {result['epochs']} epochs; run folder: {cfg.out}")

@@ -73,8 +73,9 @@ def test_run_folder(finished):
 def test_killed_and_resumed_ends_the_same(finished, tmp_path, sig):
     out = tmp_path / "killed"
     p = subprocess.Popen([*COMMAND, *SMALL, "--out", out], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert p.stdout.readline().startswith("epoch 1/3")  # its checkpoint is written; now it is within epoch 2
-    time.sleep(.3)
+    assert p.stdout.readline().startswith("epoch 1/3")
+    while not (out / "last.pt").exists(): time.sleep(.02)
+    time.sleep(.2)  # within epoch 2
     p.send_signal(sig)
     _, err = p.communicate(timeout=60)
     assert not (out / "result.json").exists()
@@ -90,11 +91,13 @@ def test_killed_and_resumed_ends_the_same(finished, tmp_path, sig):
     assert read_file(finished / "best.safetensors").keys() == a["model"].keys()
 
 
-def test_full_disk_is_one_line_and_leaves_no_debris(tmp_path):
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+@pytest.mark.parametrize("limit_mb, name", [(1, "best.safetensors"), (20, "last.pt")])
+def test_full_disk_is_one_line_and_leaves_no_debris(tmp_path, limit_mb, name):
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit_mb * 1_000_000,) * 2)
     err = fails(*SMALL, "--out", tmp_path / "run", preexec_fn=limit)
-    assert "cannot write" in err and "best.safetensors" in err
-    assert [p.name for p in (tmp_path / "run").iterdir()] == ["config.json"]
+    assert "cannot write" in err and name in err
+    left = {p.name for p in (tmp_path / "run").iterdir()}
+    assert name not in left and not any(n.endswith(".tmp") for n in left)
 
 
 def test_truncated_checkpoint_is_told(finished, tmp_path):
@@ -110,7 +113,7 @@ def test_small_imagefolder(tmp_path):
     p = convnext_train("--dataset", "imagefolder", "--data_dir", root, "--batch_size", 16, "--epochs", 4, "--warmup_epochs", 1, "--out", tmp_path / "run", "--device", "cpu")
     assert p.returncode == 0, p.stderr
     result = json.loads((tmp_path / "run" / "result.json").read_text())
-    assert result["test_top1"] == 1 and result["dataset"] == "imagefolder"
+    assert result["test_top1"] >= .9 and result["dataset"] == "imagefolder"
 
 
 def test_large_imagefolder_decodes_in_workers(tmp_path):
