@@ -296,7 +296,9 @@ def make_parser() -> ArgumentParser:
     parser = ArgumentParser("convnext-train", description="Train a ConvNeXt; the run folder gets its weights, curves and result.")
     for f in fields(TrainConfig):
         kind = next((t for t in get_args(types[f.name]) if t is not type(None)), types[f.name])
-        how = dict(action=BooleanOptionalAction) if kind is bool else dict(type=kind, metavar=kind.__name__.upper())
+        def parse(text, kind=kind, optional=type(None) in get_args(types[f.name])): return None if optional and text == "None" else kind(text)
+        parse.__name__ = kind.__name__  # for argparse's own messages
+        how = dict(action=BooleanOptionalAction) if kind is bool else dict(type=parse, metavar=kind.__name__.upper())
         parser.add_argument(f"--{f.name}", default=f.default, help=f"{docs.get(f.name, '').replace('%', '%%')} (default: {f.default})", **how)
     return parser
 

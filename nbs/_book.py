@@ -6,6 +6,7 @@
 - Every chapter has the Open-in-Colab badge and the Colab install cell that settings.ini asks for.
 - README.md is nbs/index.ipynb, converted by nbconvert, with links that work from the project's root.
 """
+import os
 import re
 import sys
 from pathlib import Path
@@ -57,6 +58,7 @@ def readme():
 def run(path):
     "Execute a notebook and keep its outputs; a `cuda` cell keeps those that it has where there is no GPU."
     import torch
+    os.environ["PYTHONWARNINGS"] = "ignore"  # warnings print paths of the machine
     nb = nbformat.read(path, as_version=4)
     for cell in nb.cells:
         if "#| cuda" in cell.source and not torch.cuda.is_available(): cell.metadata.tags = ["skip-execution"]

@@ -45,7 +45,7 @@ def tree(root, parts, size, classes=("cat", "dog")):
     for part, n in parts.items():
         for k, c in enumerate(classes):
             (root / part / c).mkdir(parents=True)
-            for i in range(n): Image.fromarray(rng.integers(0, 100 + 155 * k, (*size, 3), dtype=np.uint8)).save(root / part / c / f"{i}.png")
+            for i in range(n): Image.fromarray(rng.integers(0, 100 + 155 * k // (len(classes) - 1), (*size, 3), dtype=np.uint8)).save(root / part / c / f"{i}.png")
     return root
 
 
