@@ -206,4 +206,4 @@ def test_learns_real_cifar10(tmp_path):
     p = convnext_train("--dataset", "imagefolder", "--data_dir", tmp_path, "--patch_size", 2, "--batch_size", 64, "--epochs", 3, "--warmup_epochs", 1,
                        "--val_fraction", 0, "--device", "cpu", "--out", tmp_path / "run")
     assert p.returncode == 0, p.stderr
-    assert json.loads((tmp_path / "run" / "result.json").read_text())["test_top1"] > .42
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["test_top1"] > .48  # measured: .53
