@@ -27,9 +27,10 @@ class LayerNorm2d(nn.LayerNorm):
 
 # %% ../nbs/00_blocks.ipynb #e3ff0e44
 class PointwiseLinear(nn.Linear):
-    "A Linear over the channels of (N, H, W, C); on a CPU by way of the 1x1 convolution that it equals."
+    "A Linear over the channels of (N, H, W, C); in float32 on a CPU by way of the 1x1 convolution that it equals."
     def forward(self, x):                                       # (N, H, W, in_features)
-        if not (isinstance(x, torch.Tensor) and x.device.type == "cpu" and x.ndim == 4): return super().forward(x)
+        plain = not isinstance(x, torch.Tensor) or x.ndim != 4  # the first is what torch.fx traces with
+        if plain or (x.device.type, x.dtype) != ("cpu", torch.float32): return super().forward(x)
         x = F.conv2d(x.permute(0, 3, 1, 2), self.weight[:, :, None, None], self.bias)
         return x.permute(0, 2, 3, 1)                            # (N, H, W, out_features)
 
@@ -93,9 +94,10 @@ class ConvNeXtBlock(nn.Module):
 
     def forward(self, x):                                       # (N, C, H, W)
         y = self.conv_dw(x)
-        y = self.norm(y.permute(0, 2, 3, 1))                    # (N, H, W, C)
-        y = self.drop_path(self.mlp(y)).permute(0, 3, 1, 2)     # (N, C, H, W)
-        return x + y if self.gamma is None else torch.addcmul(x, y, self.gamma[:, None, None])  # x + gamma * y, in one pass
+        x, y = x.permute(0, 2, 3, 1), y.permute(0, 2, 3, 1)     # (N, H, W, C)
+        y = self.drop_path(self.mlp(self.norm(y)))
+        x = x + y if self.gamma is None else torch.addcmul(x, y, self.gamma)  # x + gamma * y, in one pass
+        return x.permute(0, 3, 1, 2)                            # (N, C, H, W)
 
 # %% ../nbs/00_blocks.ipynb #76c1d55b
 def randomize(

@@ -27,10 +27,11 @@ def badge(cfg, name):
 
 
 def install(cfg):
-    "A code cell that installs the package where it runs on Colab, and does nothing elsewhere."
-    return (f"{COLAB} has torch and not this package\nimport importlib.util, sys\n\n"
+    "A code cell that installs the package where it runs on Colab, beside the figures that the chapters read, and does nothing elsewhere."
+    return (f"{COLAB} has torch and not this package\nimport importlib.util, os, sys\n\n"
             'if "google.colab" in sys.modules and importlib.util.find_spec("convnext_nb") is None:\n'
-            f'    get_ipython().system("pip install -q git+{cfg.git_url}")')
+            f'    get_ipython().system("git clone -q --depth 1 {cfg.git_url} && pip install -q ./{cfg.repo}")\n'
+            f'    os.chdir("{cfg.repo}/nbs")')
 
 
 def chapter(path, cfg):
