@@ -1,11 +1,12 @@
 """Everything that needs a GPU, in stages of at most 9 minutes: python benchmarks/gpu.py STAGE   (or: make gpu STAGE=...)
 
     test    the notebooks with their `cuda` cells, then pytest
+    bench   convnext_tiny beside timm, torchvision and Meta's layout: benchmarks/throughput.py, eager, then compiled
     cifar   CIFAR-10 from scratch at full scale: benchmarks/cifar10.py, three seeds
     all     one after the other
 
 It uses the Python that runs it and installs nothing. CIFAR-10 comes from the imagefolder tree that CONVNEXT_NB_CIFAR10 names, or is downloaded.
-Further arguments go to the cifar stage; `--device cpu --epochs 1` tries a stage out where there is no GPU.
+Further arguments go to the stage's scripts; `--device cpu` with small values tries one out where there is no GPU.
 """
 import os
 import subprocess
@@ -20,6 +21,8 @@ tree = os.environ.get("CONVNEXT_NB_CIFAR10")
 STAGES = {
     "test": [[sys.executable, "-c", "from nbdev.test import nbdev_test; nbdev_test(flags='cuda', n_workers=1)"],
              [sys.executable, "-m", "pytest", "-q", "-ra", "tests"]],
+    "bench": [[sys.executable, "benchmarks/throughput.py", "--dtypes", "bfloat16"],
+              [sys.executable, "benchmarks/throughput.py", "--dtypes", "bfloat16", "--formats", "channels_last", "--compile", "--name", "throughput_cuda_compiled"]],
     "cifar": [[sys.executable, "benchmarks/cifar10.py", "--epochs", "30", "--seeds", "3", *(["--data_dir", tree] if tree else [])]],
 }
 
@@ -27,7 +30,7 @@ STAGES = {
 def main(stage="all", *extra):
     if stage not in (*STAGES, "all"): sys.exit(f"gpu.py: error: unknown stage {stage!r}; use {', '.join(STAGES)} or all")
     import torch
-    if not torch.cuda.is_available() and "cpu" not in extra: sys.exit(f"gpu.py: error: torch {torch.__version__} sees no GPU; --device cpu tries the cifar stage out")
+    if not torch.cuda.is_available() and "cpu" not in extra: sys.exit(f"gpu.py: error: torch {torch.__version__} sees no GPU; --device cpu tries a stage out")
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     for name in STAGES if stage == "all" else [stage]:
         end = time.monotonic() + LIMIT

@@ -2,7 +2,7 @@
 
     python benchmarks/throughput.py                                        convnext_tiny at 224, both memory formats
     python benchmarks/throughput.py --model convnext_atto --image_size 32 --batch_size 128
-    python benchmarks/throughput.py --compile --dtypes float32 bfloat16    more settings, each crossed with the others
+    python benchmarks/throughput.py --compile --dtypes float32 bfloat16    compiled; dtypes, formats and modes are crossed
 
 Peers: timm, with its MLP of Linears and with 1x1 convolutions (`conv_mlp`); torchvision, for the sizes that it has; and the layout of Meta's
 code, written from its description. A round runs every network once, in an order that turns; a ratio is the median over rounds of the peer's
@@ -36,7 +36,7 @@ ap.add_argument("--rounds", type=int, default=25)
 ap.add_argument("--formats", nargs="+", default=["contiguous", "channels_last"], choices=["contiguous", "channels_last"], help="memory formats")
 ap.add_argument("--dtypes", nargs="+", default=["float32"], choices=["float32", "bfloat16"], help="bfloat16: autocast")
 ap.add_argument("--modes", nargs="+", default=["forward", "training step"], choices=["forward", "training step"])
-ap.add_argument("--compile", action="store_true", help="measure torch.compile too, besides eager")
+ap.add_argument("--compile", action="store_true", help="measure under torch.compile, not eager")
 ap.add_argument("--device")
 ap.add_argument("--name", help="of the result; default: throughput_<device>")
 
@@ -85,13 +85,13 @@ def interval(ratios, draws=2000):
     return dict(ratio=statistics.median(ratios), low=medians[int(.025 * draws)], high=medians[int(.975 * draws)])
 
 
-def measure(a, device, dtype, fmt, mode, compiled):
+def measure(a, device, dtype, fmt, mode):
     "Times of every network under one setting."
     nets = {k: n.to(device, memory_format=FORMATS[fmt]).train(mode != "forward") for k, n in networks(a.model).items()}
     x = torch.randn(a.batch_size, 3, a.image_size, a.image_size, device=device).to(memory_format=FORMATS[fmt])
     labels = torch.randint(1000, (a.batch_size,), device=device)
     optimizers = {k: torch.optim.AdamW(n.parameters(), lr=1e-4) for k, n in nets.items()} if mode != "forward" else {}
-    runs = {k: torch.compile(n) if compiled else n for k, n in nets.items()}
+    runs = {k: torch.compile(n) if a.compile else n for k, n in nets.items()}
 
     def once(k):
         with torch.inference_mode(mode == "forward"), torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
@@ -120,9 +120,9 @@ def measure(a, device, dtype, fmt, mode, compiled):
     rows = {k: dict(images_per_s=a.batch_size / statistics.median(t), **interval([p / o for p, o in zip(t, seconds["ours"])]),
                     **({"peak_bytes": memory[k]} if memory else {})) for k, t in seconds.items()}
     fastest = min((k for k in rows if k != "ours"), key=lambda k: statistics.median(seconds[k]))
-    print(f"{mode}, {dtype}, {fmt}, {'compiled' if compiled else 'eager'}: ours {rows['ours']['images_per_s']:.1f} images/s; "
+    print(f"{mode}, {dtype}, {fmt}, {'compiled' if a.compile else 'eager'}: ours {rows['ours']['images_per_s']:.1f} images/s; "
           + "; ".join(f"{k} {r['ratio']:.3f} [{r['low']:.3f}, {r['high']:.3f}]" for k, r in rows.items() if k != "ours"), flush=True)
-    return dict(mode=mode, dtype=dtype, memory_format=fmt, compiled=compiled, fastest_peer=fastest, networks=rows)
+    return dict(mode=mode, dtype=dtype, memory_format=fmt, fastest_peer=fastest, networks=rows)
 
 
 def plot(a, settings, path):
@@ -133,8 +133,8 @@ def plot(a, settings, path):
         speeds = [s["networks"][k]["images_per_s"] / s["networks"]["timm"]["images_per_s"] for s in settings]
         ax.bar([g + (i - (len(labels) - 1) / 2) * .16 for g in range(len(settings))], speeds, .15, label=k)
     ax.axhline(1, color="k", lw=.6)
-    ax.set_xticks(range(len(settings)), [f"{s['mode']}\n{s['memory_format']}\n{s['dtype']}{', compiled' if s['compiled'] else ''}" for s in settings], fontsize=8)
-    ax.set(title=f"{a.model} at {a.image_size}, batch {a.batch_size}", ylabel="images/s, timm = 1")
+    ax.set_xticks(range(len(settings)), [f"{s['mode']}\n{s['memory_format']}\n{s['dtype']}" for s in settings], fontsize=8)
+    ax.set(title=f"{a.model} at {a.image_size}, batch {a.batch_size}, {'compiled' if a.compile else 'eager'}", ylabel="images/s, timm = 1")
     ax.legend(fontsize=8, ncol=len(labels), loc="lower center")
     fig.savefig(path, dpi=110)
 
@@ -146,9 +146,9 @@ def main():
     name, where = a.name or f"throughput_{device.type}", environment(device)
     config = {k: v for k, v in vars(a).items() if k not in ("name", "device")} | dict(timm=timm.__version__, macs=count_macs(create_model(a.model), (3, a.image_size, a.image_size)))
     settings = []
-    for compiled, dtype, fmt, mode in itertools.product([False, True][:1 + a.compile], a.dtypes, a.formats, a.modes):
+    for dtype, fmt, mode in itertools.product(a.dtypes, a.formats, a.modes):
         torch.manual_seed(0)
-        settings.append(measure(a, device, dtype, fmt, mode, compiled))
+        settings.append(measure(a, device, dtype, fmt, mode))
         torch.compiler.reset()
         gc.collect()
         path = write(name, **where, config=config, settings=settings)  # after each setting: an interrupted benchmark keeps what it has

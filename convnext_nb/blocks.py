@@ -27,7 +27,7 @@ class LayerNorm2d(nn.LayerNorm):
 
 # %% ../nbs/00_blocks.ipynb #e3ff0e44
 class PointwiseLinear(nn.Linear):
-    "A Linear over the channels of (N, H, W, C); in float32 on a CPU by way of the 1x1 convolution that it equals."
+    "A Linear on (N, H, W, C); for float32 on a CPU by way of the 1x1 convolution that it equals."
     def forward(self, x):                                       # (N, H, W, in_features)
         plain = not isinstance(x, torch.Tensor) or x.ndim != 4  # the first is what torch.fx traces with
         if plain or (x.device.type, x.dtype) != ("cpu", torch.float32): return super().forward(x)
@@ -66,7 +66,7 @@ class GRN(nn.Module):
     def forward(self, x):                                       # (N, H, W, C)
         energy = x.norm(p=2, dim=(1, 2), keepdim=True)          # (N, 1, 1, C): over the pixels
         ratio = energy / (energy.mean(-1, keepdim=True) + self.eps)
-        return torch.addcmul(self.bias, x, 1 + self.weight * ratio)  # weight * (x * ratio) + bias + x, in one pass over the map
+        return torch.addcmul(self.bias, x, 1 + self.weight * ratio)  # weight * (x * ratio) + bias + x
 
 # %% ../nbs/00_blocks.ipynb #de3e3210
 class ConvNeXtBlock(nn.Module):
@@ -104,7 +104,7 @@ def randomize(
     module: nn.Module,  # changed in place
     seed: int = 0,
 ) -> nn.Module:         # `module`
-    "Random weights of ordinary size in every parameter, gamma and GRN's too: for tests, where fresh weights would hide the blocks."
+    "Random weights of ordinary size in every parameter, gamma and GRN's too: for tests."
     g = torch.Generator().manual_seed(seed)
     for p in module.parameters(): p.data.normal_(0, .3 if p.ndim == 1 else p[0].numel() ** -.5, generator=g)
     return module

@@ -31,7 +31,8 @@ class Stage(nn.Module):
     ):
         super().__init__()
         self.downsample = nn.Identity() if in_dim is None else Downsample(in_dim, dim, norm_eps)
-        self.blocks = nn.Sequential(*[ConvNeXtBlock(dim, drop_path=p, norm_eps=norm_eps, **block_kwargs) for p in drop_path_rates])
+        blocks = [ConvNeXtBlock(dim, drop_path=p, norm_eps=norm_eps, **block_kwargs) for p in drop_path_rates]
+        self.blocks = nn.Sequential(*blocks)
         self.grad_checkpointing = False
 
     def forward(self, x):                                         # (N, in_dim, H, W)
@@ -66,13 +67,15 @@ class ConvNeXt(nn.Module):
     ):
         super().__init__()
         if len(depths) != len(dims) or not depths:
-            raise ValueError(f"depths has {len(depths)} stages and dims {len(dims)}; give both the same number, at least one")
+            raise ValueError(f"depths has {len(depths)} stages and dims {len(dims)}; give both the same number")
         self.in_chans, self.num_classes, self.num_features = in_chans, num_classes, dims[-1]
         rates = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").split(list(depths))
-        block = dict(kernel_size=kernel_size, mlp_ratio=mlp_ratio, ls_init_value=ls_init_value, use_grn=use_grn, norm_eps=norm_eps)
+        block = dict(kernel_size=kernel_size, mlp_ratio=mlp_ratio, ls_init_value=ls_init_value, use_grn=use_grn)
+        stages = [Stage(i, d, r.tolist(), norm_eps, **block) for i, d, r in zip((None, *dims), dims, rates)]
         self.stem = Stem(in_chans, dims[0], patch_size, norm_eps)
-        self.stages = nn.Sequential(*[Stage(i, d, r.tolist(), **block) for i, d, r in zip((None, *dims), dims, rates)])
-        self.feature_info = [dict(num_chs=d, reduction=patch_size * 2**i, module=f"stages.{i}") for i, d in enumerate(dims)]
+        self.stages = nn.Sequential(*stages)
+        self.feature_info = [dict(num_chs=d, reduction=patch_size * 2**i, module=f"stages.{i}")
+                             for i, d in enumerate(dims)]
         self.head = nn.Sequential(OrderedDict(norm=nn.LayerNorm(dims[-1], eps=norm_eps), fc=nn.Identity()))
         self.reset_classifier(num_classes)
         self.apply(_init_weights)
@@ -80,8 +83,8 @@ class ConvNeXt(nn.Module):
 
     def _embed(self, x):
         stride = self.feature_info[-1]["reduction"]
-        checkable = isinstance(x, torch.Tensor) and not torch.jit.is_tracing()  # torch.fx and torch.jit trace with something else
-        if checkable and (x.ndim != 4 or x.shape[1] != self.in_chans or min(x.shape[2:]) < stride):
+        known = isinstance(x, torch.Tensor) and not torch.jit.is_tracing()  # not so where torch.fx or torch.jit traces
+        if known and (x.ndim != 4 or x.shape[1] != self.in_chans or min(x.shape[2:]) < stride):
             raise ValueError(f"the input has shape {tuple(x.shape)}; this network takes (N, {self.in_chans}, H, W) "
                              f"with H and W of at least {stride}; a smaller patch_size takes smaller images")
         return self.stem(x)                                       # (N, dims[0], H / patch_size, W / patch_size)
@@ -90,15 +93,16 @@ class ConvNeXt(nn.Module):
         return self.stages(self._embed(x))                        # (N, dims[-1], H / stride, W / stride)
 
     def forward_intermediates(self, x, indices=None, intermediates_only: bool = False):
-        "Last features, and the list of maps after stages: all (None), the last n (an int), or a list of stages (negative: from the end)."
+        "Last features, and the maps after stages: all (None), the last ones (a number), or those of a list."
         n = len(self.stages)
         taken = range(n) if indices is None else range(-indices, 0) if isinstance(indices, int) else indices
         if not taken or not all(-n <= i < n for i in taken):
-            raise ValueError(f"indices is {indices}; this network has {n} stages: give 1 to {n} for the last ones, or a list of stages from {-n} to {n - 1}")
+            raise ValueError(f"indices is {indices}; this network has {n} stages: give 1 to {n} for the last ones, "
+                             f"or a list of stages from {-n} to {n - 1}")
         taken, maps, x = {i % n for i in taken}, [], self._embed(x)
         for i, stage in enumerate(self.stages):
             x = stage(x)
-            if i in taken: maps.append(x)                         # (N, dims[i], H / (patch_size * 2**i), W / (patch_size * 2**i))
+            if i in taken: maps.append(x)                         # (N, num_chs, H / reduction, W / reduction)
             if intermediates_only and i == max(taken): return maps
         return x, maps
 
@@ -113,8 +117,8 @@ class ConvNeXt(nn.Module):
     def reset_classifier(self, num_classes: int):
         "A fresh last layer with `num_classes` outputs; 0: none."
         self.num_classes = num_classes
-        like = self.head.norm.weight
-        self.head.fc = nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype) if num_classes else nn.Identity()
+        like = dict(device=self.head.norm.weight.device, dtype=self.head.norm.weight.dtype)
+        self.head.fc = nn.Linear(self.num_features, num_classes, **like) if num_classes else nn.Identity()
         self.head.fc.apply(_init_weights)
 
     def set_grad_checkpointing(self, enable: bool = True):
@@ -134,8 +138,9 @@ _SIZES = {
     "xlarge": dict(depths=(3, 3, 27, 3), dims=(256, 512, 1024, 2048)),
     "huge":   dict(depths=(3, 3, 27, 3), dims=(352, 704, 1408, 2816)),
 }
-VARIANTS = ({f"convnext_{s}": size for s, size in _SIZES.items() if s != "huge"} |
-            {f"convnextv2_{s}": size | dict(use_grn=True, ls_init_value=None) for s, size in _SIZES.items() if s != "xlarge"})
+_V2 = dict(use_grn=True, ls_init_value=None)
+VARIANTS = {f"convnext_{s}": size for s, size in _SIZES.items() if s != "huge"}
+VARIANTS |= {f"convnextv2_{s}": size | _V2 for s, size in _SIZES.items() if s != "xlarge"}
 
 # %% ../nbs/01_model.ipynb #d46485b5
 def list_models() -> list:
@@ -171,15 +176,16 @@ def count_macs(
     input_size: tuple = (3, 224, 224),  # (C, H, W) of one image
 ) -> int:                               # multiply-accumulates of convolutions and linears
     "Cost of one image, in MACs; the model is neither run nor changed."
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        deepcopy(model).to("meta").eval()(torch.empty(1, *input_size, device="meta", dtype=next(model.parameters()).dtype))
+    image = torch.empty(1, *input_size, device="meta", dtype=next(model.parameters()).dtype)
+    with FlopCounterMode(display=False) as counter, torch.no_grad(): deepcopy(model).to("meta").eval()(image)
     return counter.get_total_flops() // 2
 
 # %% ../nbs/01_model.ipynb #fbe223f3
 class Summary(list):
     "Rows (dicts with the same keys) that show as a Markdown table."
     def __repr__(self):
-        cells = [list(self[0]), *([f"{v:,}" if isinstance(v, int) else str(v) for v in row.values()] for row in self)]
+        text = lambda v: f"{v:,}" if isinstance(v, int) else str(v)
+        cells = [list(self[0]), *([text(v) for v in row.values()] for row in self)]
         widths = [max(map(len, column)) for column in zip(*cells)]
         lines = ["| " + " | ".join(c.rjust(w) for c, w in zip(row, widths)) + " |" for row in cells]
         return "\n".join([lines[0], "|" + "".join("-" * (w + 1) + ":|" for w in widths), *lines[1:]])
@@ -190,22 +196,24 @@ class Summary(list):
 def summary(
     model: ConvNeXt,
     input_size: tuple = (3, 224, 224),  # (C, H, W) of one image
-) -> Summary:                           # stage, output shape (C, H, W), parameters, MACs, bytes kept for the backward pass
-    "What each part puts out and costs for one image, without gradient checkpointing; the model is neither run nor changed."
+) -> Summary:                           # output is (C, H, W); activation bytes are kept for the backward pass
+    "What each part puts out and costs for one image, without checkpointing; the model is neither run nor changed."
     net = deepcopy(model).to("meta").train()
     net.set_grad_checkpointing(False)
     x = torch.empty(1, *input_size, device="meta", dtype=next(net.parameters()).dtype)
-    parts = [("stem", net.stem, net._embed), *((f"stages.{i}", s, s) for i, s in enumerate(net.stages)), ("head", net.head, net.forward_head)]
     rows, seen = Summary(), {p.untyped_storage()._cdata for p in net.parameters()}  # weights are no activations
-    for name, part, forward in parts:
+    stages = [(f"stages.{i}", stage, stage) for i, stage in enumerate(net.stages)]
+    for name, part, forward in [("stem", net.stem, net._embed), *stages, ("head", net.head, net.forward_head)]:
         kept = []
         def keep(t):
-            if (s := t.untyped_storage())._cdata not in seen:
-                seen.add(s._cdata)
-                kept.append(s.nbytes())
+            storage = t.untyped_storage()
+            if storage._cdata not in seen: kept.append(storage.nbytes())
+            seen.add(storage._cdata)
             return t
-        with FlopCounterMode(display=False) as counter, saved_tensors_hooks(keep, lambda t: t), torch.enable_grad(): x = forward(x)
+        counter = FlopCounterMode(display=False)
+        with counter, saved_tensors_hooks(keep, lambda t: t), torch.enable_grad(): x = forward(x)
         rows.append({"stage": name, "output": tuple(x.shape[1:]), "parameters": count_params(part),
                      "MACs": counter.get_total_flops() // 2, "activation bytes": sum(kept)})
-    rows.append({"stage": "total", "output": ""} | {k: sum(r[k] for r in rows) for k in ("parameters", "MACs", "activation bytes")})
+    totals = {k: sum(row[k] for row in rows) for k in ("parameters", "MACs", "activation bytes")}
+    rows.append({"stage": "total", "output": ""} | totals)
     return rows

@@ -191,6 +191,18 @@ def test_benchmark_and_gpu_stage_run_on_the_cpu(tmp_path):
         assert (results / f"{extra[-1]}.png").exists()
     finally:
         for path in results.glob(f"{extra[-1]}.*"): path.unlink()
+    small = ["--model", "convnext_atto", "--image_size", "32", "--batch_size", "2", "--rounds", "3"]
+    try:
+        p = subprocess.run([sys.executable, "benchmarks/throughput.py", *small, "--device", "cpu", *extra[-2:]], cwd=ROOT, capture_output=True, text=True, timeout=300)
+        assert p.returncode == 0, p.stderr
+        result = json.loads((results / f"{extra[-1]}.json").read_text())
+        assert [(s["memory_format"], s["mode"]) for s in result["settings"]] == [(f, m) for f in ("contiguous", "channels_last") for m in ("forward", "training step")]
+        for s in result["settings"]:
+            assert s["networks"]["ours"]["ratio"] == 1 and s["networks"].keys() >= {"timm", "Meta's layout"}
+            assert all(r["low"] <= r["ratio"] <= r["high"] for r in s["networks"].values())
+        assert (results / f"{extra[-1]}.png").exists()
+    finally:
+        for path in results.glob(f"{extra[-1]}.*"): path.unlink()
     p = subprocess.run([sys.executable, "benchmarks/gpu.py", "nothing"], cwd=ROOT, capture_output=True, text=True)
     assert p.returncode == 1 and "unknown stage 'nothing'" in p.stderr
 
