@@ -135,7 +135,7 @@ def plot(a, settings, path):
     ax.axhline(1, color="k", lw=.6)
     ax.set_xticks(range(len(settings)), [f"{s['mode']}\n{s['memory_format']}\n{s['dtype']}" for s in settings], fontsize=8)
     ax.set(title=f"{a.model} at {a.image_size}, batch {a.batch_size}, {'compiled' if a.compile else 'eager'}", ylabel="images/s, timm = 1")
-    ax.legend(fontsize=8, ncol=len(labels), loc="lower center")
+    ax.legend(fontsize=8)
     fig.savefig(path, dpi=110)
 
 

@@ -33,7 +33,7 @@ class TrainConfig(DataConfig):
     model: str = "convnext_atto"        # one of `list_models()`
     patch_size: int | None = None       # the stem's kernel and stride; None: the data set's, or 4 above 64 pixels, 2 from 16 to 64, 1 below
     drop_path_rate: float = 0.          # stochastic depth of the last block; the paper: T .1, S .4, B and L .5
-    ls_init_value: float | None = 1.    # first value of LayerScale; the paper: 1e-6, which wants long runs; None: no LayerScale
+    ls_init_value: float | None = 1.    # first value of LayerScale (V1 only); the paper: 1e-6, which wants long runs; None: no LayerScale
     init_std: float | None = None       # deviation of the first weights; None: 1/sqrt(fan-in); the paper: .02
     epochs: int = 20                    # passes over the training images; the paper: 300
     lr: float = 4e-3                    # highest learning rate; the paper has the same at its batch of 4096
@@ -64,8 +64,9 @@ def build_model(
         raise ValueError(f"images of {info.image_size} pixels are smaller than the network's stride of {8 * patch_size}; "
                          f"use --patch_size {max(1, info.image_size // 8)} or a larger --image_size")
     torch.manual_seed(cfg.seed)
+    scale = {} if "v2" in cfg.model else dict(ls_init_value=cfg.ls_init_value)  # ConvNeXt V2 has GRN in its place
     model = create_model(cfg.model, num_classes=len(info.classes), in_chans=info.in_chans, patch_size=patch_size,
-                         drop_path_rate=cfg.drop_path_rate, ls_init_value=cfg.ls_init_value)
+                         drop_path_rate=cfg.drop_path_rate, **scale)
     for m in model.modules():  # the classifier keeps the paper's: its logits should start small
         if isinstance(m, (nn.Conv2d, nn.Linear)) and m is not model.head.fc:
             nn.init.normal_(m.weight, std=m.weight[0].numel() ** -.5 if cfg.init_std is None else cfg.init_std)
