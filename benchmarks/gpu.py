@@ -1,7 +1,8 @@
 """Everything that needs a GPU, in stages of at most 9 minutes: python benchmarks/gpu.py STAGE   (or: make gpu STAGE=...)
 
     test    the notebooks with their `cuda` cells, then pytest
-    bench   convnext_tiny beside timm, torchvision and Meta's layout: benchmarks/throughput.py, eager, then compiled
+    bench   convnext_tiny beside timm, torchvision and Meta's layout: benchmarks/throughput.py
+    compile the same under torch.compile
     cifar   CIFAR-10 from scratch at full scale: benchmarks/cifar10.py, three seeds
     all     one after the other
 
@@ -21,8 +22,8 @@ tree = os.environ.get("CONVNEXT_NB_CIFAR10")
 STAGES = {
     "test": [[sys.executable, "-c", "from nbdev.test import nbdev_test; nbdev_test(flags='cuda', n_workers=1)"],
              [sys.executable, "-m", "pytest", "-q", "-ra", "tests"]],
-    "bench": [[sys.executable, "benchmarks/throughput.py", "--dtypes", "bfloat16"],
-              [sys.executable, "benchmarks/throughput.py", "--dtypes", "bfloat16", "--formats", "channels_last", "--compile", "--name", "throughput_cuda_compiled"]],
+    "bench": [[sys.executable, "benchmarks/throughput.py", "--dtypes", "bfloat16"]],
+    "compile": [[sys.executable, "benchmarks/throughput.py", "--dtypes", "bfloat16", "--formats", "channels_last", "--compile"]],
     "cifar": [[sys.executable, "benchmarks/cifar10.py", "--epochs", "30", "--seeds", "3", *(["--data_dir", tree] if tree else [])]],
 }
 
@@ -35,7 +36,7 @@ def main(stage="all", *extra):
     for name in STAGES if stage == "all" else [stage]:
         end = time.monotonic() + LIMIT
         for command in STAGES[name]:
-            if name != "test": command = [*command, *extra]
+            if name == stage != "test": command = [*command, *extra]  # with `all`, each stage keeps its own values
             print("+", " ".join(command), flush=True)
             try: subprocess.run(command, cwd=ROOT, env=env, timeout=end - time.monotonic(), check=True)
             except subprocess.CalledProcessError as e: sys.exit(f"gpu.py: error: stage {name} failed with status {e.returncode}")

@@ -38,7 +38,7 @@ ap.add_argument("--dtypes", nargs="+", default=["float32"], choices=["float32", 
 ap.add_argument("--modes", nargs="+", default=["forward", "training step"], choices=["forward", "training step"])
 ap.add_argument("--compile", action="store_true", help="measure under torch.compile, not eager")
 ap.add_argument("--device")
-ap.add_argument("--name", help="of the result; default: throughput_<device>")
+ap.add_argument("--name", help="of the result; default: throughput_<device>[_compiled]")
 
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -72,7 +72,7 @@ def meta_layout(name):
 def networks(name):
     "The same network from each origin, by label."
     nets = {"ours": create_model(name), "timm": timm.create_model(name, conv_mlp=False), "timm, conv_mlp": timm.create_model(name, conv_mlp=True)}
-    if hasattr(torchvision.models, name): nets["torchvision"] = getattr(torchvision.models, name)()
+    if hasattr(torchvision.models, name): nets["torchvision"] = getattr(torchvision.models, name)(stochastic_depth_prob=0.)
     if "v2" not in name: nets["Meta's layout"] = meta_layout(name)
     assert len({count_params(n) for n in nets.values()}) == 1
     return nets
@@ -143,7 +143,7 @@ def main():
     a = ap.parse_args()
     device = pick_device(a.device)
     a.batch_size = a.batch_size or (128 if device.type == "cuda" else 4)
-    name, where = a.name or f"throughput_{device.type}", environment(device)
+    name, where = a.name or f"throughput_{device.type}{'_compiled' * a.compile}", environment(device)
     config = {k: v for k, v in vars(a).items() if k not in ("name", "device")} | dict(timm=timm.__version__, macs=count_macs(create_model(a.model), (3, a.image_size, a.image_size)))
     settings = []
     for dtype, fmt, mode in itertools.product(a.dtypes, a.formats, a.modes):

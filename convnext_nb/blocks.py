@@ -47,7 +47,7 @@ class DropPath(nn.Module):
     def forward(self, x):                                       # (N, ...)
         if not self.training or self.drop_prob == 0: return x
         keep = 1 - self.drop_prob
-        mask = x.new_empty(x.shape[0], *[1] * (x.ndim - 1)).bernoulli_(keep)
+        mask = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(keep)
         return x * mask.div_(keep)
 
     def extra_repr(self): return f"drop_prob={self.drop_prob:g}"

@@ -67,7 +67,7 @@ class ConvNeXt(nn.Module):
     ):
         super().__init__()
         if len(depths) != len(dims) or not depths:
-            raise ValueError(f"depths has {len(depths)} stages and dims {len(dims)}; give both the same number")
+            raise ValueError(f"depths has {len(depths)} stages and dims {len(dims)}; give both the same number, at least one")
         self.in_chans, self.num_classes, self.num_features = in_chans, num_classes, dims[-1]
         rates = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").split(list(depths))
         block = dict(kernel_size=kernel_size, mlp_ratio=mlp_ratio, ls_init_value=ls_init_value, use_grn=use_grn)
