@@ -218,11 +218,10 @@ def plot_history(
     return fig
 
 # %% ../nbs/03_train.ipynb #5cacde14
-def _metadata(cfg, model, info):
-    "What one must know to use the weights: safetensors keeps text, so JSON."
-    facts = dict(model=cfg.model, num_classes=model.num_classes, in_chans=model.in_chans, patch_size=model.stem[0].kernel_size[0],
-                 image_size=info.image_size, mean=info.mean, std=info.std, classes=info.classes)
-    return {k: v if isinstance(v, str) else json.dumps(v) for k, v in facts.items()}
+def _images_of(info):
+    "timm's `pretrained_cfg` for this data: what is done to an image before the network sees it."
+    return dict(input_size=(info.in_chans, info.image_size, info.image_size), mean=info.mean, std=info.std, interpolation="bicubic",
+                crop_pct=1. if info.image_size <= SMALL else .875, label_names=info.classes)
 
 # %% ../nbs/03_train.ipynb #575632b3
 def _report(run, history, cfg):
@@ -247,6 +246,7 @@ def train(
     if (run / "result.json").exists(): return json.loads((run / "result.json").read_text())  # resumed, but there is nothing left to do
     train_dl, val_dl, test_dl = create_loaders(cfg)
     model = build_model(cfg, train_dl.info).to(device, memory_format=torch.channels_last)
+    model.pretrained_cfg = _images_of(train_dl.info)
     amp = device.type == "cuda" if cfg.amp is None else cfg.amp
     optimizer = torch.optim.AdamW(param_groups(model, cfg.weight_decay), lr=1., fused=True)
     scheduler = LambdaLR(optimizer, lambda step: lr_at(step, cfg, len(train_dl)))
@@ -273,7 +273,7 @@ def train(
         val = evaluate(model, val_dl, amp) if val_dl else {}
         row |= dict(val_loss=val.get("loss"), val_top1=val.get("top1"))
         if not val_dl or val["top1"] >= max((r["val_top1"] for r in history), default=-1):
-            save_weights(model, run / "best.safetensors", _metadata(cfg, model, train_dl.info))
+            save_weights(model, run / "best.safetensors")
         history.append(row)
         _report(run, history, cfg)
         save_checkpoint(run / "last.pt", model, optimizer, scheduler, history=history)

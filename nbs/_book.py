@@ -1,7 +1,7 @@
 """What code keeps true in the notebooks and the README; `make export` runs it, tests/test_book.py calls it.
 
     python nbs/_book.py              badges and README
-    python nbs/_book.py run NAME...  execute these notebooks in place first, `cuda` cells only where there is a GPU
+    python nbs/_book.py run NAME...  execute these notebooks in place first, `cuda` cells only where there is a GPU, `slow` ones not
 
 - Every chapter has the Open-in-Colab badge and the Colab install cell that settings.ini asks for.
 - README.md is nbs/index.ipynb, converted by nbconvert, with links that work from the project's root.
@@ -57,12 +57,12 @@ def readme():
 
 
 def run(path):
-    "Execute a notebook and keep its outputs; a `cuda` cell keeps those that it has where there is no GPU."
+    "Execute a notebook and keep its outputs; `slow` cells, and without a GPU `cuda` ones, keep those that they have."
     import torch
     os.environ["PYTHONWARNINGS"] = "ignore"  # warnings print paths of the machine
     nb = nbformat.read(path, as_version=4)
     for cell in nb.cells:
-        if "#| cuda" in cell.source and not torch.cuda.is_available(): cell.metadata.tags = ["skip-execution"]
+        if "#| slow" in cell.source or "#| cuda" in cell.source and not torch.cuda.is_available(): cell.metadata.tags = ["skip-execution"]
     NotebookClient(nb, timeout=1800, resources={"metadata": {"path": str(NBS)}}).execute()
     for cell in nb.cells: cell.metadata = {}
     nbformat.write(nb, path)

@@ -69,6 +69,19 @@ def test_run_folder(finished):
     assert Image.open(finished / "curves.png").size[0] > 500
 
 
+def test_classify_knows_a_run(finished, tmp_path):
+    "The other console script, on the weights that a run left: two folders of images, class names of the run."
+    script = Path(sys.executable).with_name("convnext-classify")
+    command = [script] if script.exists() else [sys.executable, "-c", "from convnext_nb.pretrained import main; main()"]
+    images = tree(tmp_path, {"": 2}, (20, 30))
+    p = subprocess.run([*command, images / "cat", images / "dog", "--weights", finished / "best.safetensors", "--topk", "2"], capture_output=True, text=True)
+    assert p.returncode == 0 and not p.stderr, p.stderr
+    assert [Path(line.split(": ")[0]).name for line in p.stdout.splitlines()] == ["0.png", "1.png"] * 2
+    assert all(label in "0123456789" for line in p.stdout.splitlines() for label in (line.split(": ")[1].split()[0], line.split(", ")[1].split()[0]))
+    p = subprocess.run([*command, tmp_path / "gone.png"], capture_output=True, text=True)
+    assert p.returncode == 2 and p.stderr == f"convnext-classify: error: there is no image {tmp_path / 'gone.png'}\n" and not p.stdout
+
+
 @pytest.mark.parametrize("sig", [signal.SIGKILL, signal.SIGINT])
 def test_killed_and_resumed_ends_the_same(finished, tmp_path, sig):
     out = tmp_path / "killed"
