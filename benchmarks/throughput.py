@@ -5,7 +5,7 @@
     python benchmarks/throughput.py --compile --dtypes float32 bfloat16    compiled; dtypes, formats and modes are crossed
 
 Peers: timm, with its MLP of Linears and with 1x1 convolutions (`conv_mlp`); torchvision, for the sizes that it has; and the layout of Meta's
-code, written from its description. A round runs every network once, in an order that turns; a ratio is the median over rounds of the peer's
+code, written from its description. A round runs every network once, in a random order; a ratio is the median over rounds of the peer's
 time over ours in the same round, with the 95% interval of that median (bootstrap). A training step is forward, cross-entropy, backward and AdamW.
 Writes benchmarks/results/<name>.json and <name>.png.
 """
@@ -107,19 +107,20 @@ def measure(a, device, dtype, fmt, mode):
     for k in runs:
         for _ in range(3): once(k)  # compiles, allocates, tunes
         if device.type == "cuda":
+            state = [t for s in optimizers[k].state.values() for t in s.values()] if optimizers else []
+            others = torch.cuda.memory_allocated() - sum(t.nbytes for t in [*nets[k].parameters(), *state, x, labels])
             torch.cuda.reset_peak_memory_stats()
             once(k)
-            memory[k] = torch.cuda.max_memory_allocated()
-    labels_in_turn = list(runs)
+            memory[k] = torch.cuda.max_memory_allocated() - others
+    order = random.Random(0)
     for r in range(a.rounds):
-        turn = r % len(labels_in_turn)
-        for k in labels_in_turn[turn:] + labels_in_turn[:turn]:
+        for k in order.sample(list(runs), len(runs)):
             start = time.perf_counter()
             once(k)
             seconds[k].append(time.perf_counter() - start)
     rows = {k: dict(images_per_s=a.batch_size / statistics.median(t), **interval([p / o for p, o in zip(t, seconds["ours"])]),
                     **({"peak_bytes": memory[k]} if memory else {})) for k, t in seconds.items()}
-    fastest = min((k for k in rows if k != "ours"), key=lambda k: statistics.median(seconds[k]))
+    fastest = min((k for k in rows if k != "ours"), key=lambda k: rows[k]["ratio"])
     print(f"{mode}, {dtype}, {fmt}, {'compiled' if a.compile else 'eager'}: ours {rows['ours']['images_per_s']:.1f} images/s; "
           + "; ".join(f"{k} {r['ratio']:.3f} [{r['low']:.3f}, {r['high']:.3f}]" for k, r in rows.items() if k != "ours"), flush=True)
     return dict(mode=mode, dtype=dtype, memory_format=fmt, fastest_peer=fastest, networks=rows)

@@ -171,13 +171,20 @@ def count_params(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 # %% ../nbs/01_model.ipynb #1b231fd1
+def _shell(model):
+    "A copy of the model without memory and hooks, all of it trainable."
+    with torch.inference_mode(False):
+        net = deepcopy(model, {id(p): nn.Parameter(torch.empty_like(p, device="meta")) for p in model.parameters()})
+    for m in net.modules(): m._forward_hooks.clear(), m._forward_pre_hooks.clear()
+    return net
+
 def count_macs(
     model: nn.Module,
     input_size: tuple = (3, 224, 224),  # (C, H, W) of one image
 ) -> int:                               # multiply-accumulates of convolutions and linears
     "Cost of one image, in MACs; the model is neither run nor changed."
     image = torch.empty(1, *input_size, device="meta", dtype=next(model.parameters()).dtype)
-    with FlopCounterMode(display=False) as counter, torch.no_grad(): deepcopy(model).to("meta").eval()(image)
+    with FlopCounterMode(display=False) as counter, torch.no_grad(): _shell(model).eval()(image)
     return counter.get_total_flops() // 2
 
 # %% ../nbs/01_model.ipynb #fbe223f3
@@ -197,10 +204,10 @@ def summary(
     model: ConvNeXt,
     input_size: tuple = (3, 224, 224),  # (C, H, W) of one image
 ) -> Summary:                           # output is (C, H, W); activation bytes are kept for the backward pass
-    "What each part puts out and costs for one image, without checkpointing; the model is neither run nor changed."
-    net = deepcopy(model).to("meta").train()
+    "What each part puts out and costs for one image, all of it trained; the model is neither run nor changed."
+    net = _shell(model).train()
     net.set_grad_checkpointing(False)
-    x = torch.empty(1, *input_size, device="meta", dtype=next(net.parameters()).dtype)
+    with torch.inference_mode(False): x = torch.empty(1, *input_size, device="meta", dtype=next(net.parameters()).dtype)
     rows, seen = Summary(), {p.untyped_storage()._cdata for p in net.parameters()}  # weights are no activations
     stages = [(f"stages.{i}", stage, stage) for i, stage in enumerate(net.stages)]
     for name, part, forward in [("stem", net.stem, net._embed), *stages, ("head", net.head, net.forward_head)]:
@@ -211,7 +218,8 @@ def summary(
             seen.add(storage._cdata)
             return t
         counter = FlopCounterMode(display=False)
-        with counter, saved_tensors_hooks(keep, lambda t: t), torch.enable_grad(): x = forward(x)
+        with counter, saved_tensors_hooks(keep, lambda t: t), torch.inference_mode(False), torch.enable_grad():
+            x = forward(x)
         rows.append({"stage": name, "output": tuple(x.shape[1:]), "parameters": count_params(part),
                      "MACs": counter.get_total_flops() // 2, "activation bytes": sum(kept)})
     totals = {k: sum(row[k] for row in rows) for k in ("parameters", "MACs", "activation bytes")}
