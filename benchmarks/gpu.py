@@ -3,6 +3,7 @@
     test    the notebooks with their `cuda` cells, then pytest
     bench   convnext_tiny beside timm, torchvision and Meta's layout: benchmarks/throughput.py
     compile the same under torch.compile
+    data    batches from memory beside torchvision's, and how long a training step waits: benchmarks/data.py
     cifar   CIFAR-10 from scratch at full scale: benchmarks/cifar10.py, three seeds
     all     one after the other
 
@@ -24,6 +25,7 @@ STAGES = {
              [sys.executable, "-m", "pytest", "-q", "-ra", "tests"]],
     "bench": [[sys.executable, "benchmarks/throughput.py", "--dtypes", "bfloat16"]],
     "compile": [[sys.executable, "benchmarks/throughput.py", "--dtypes", "bfloat16", "--formats", "channels_last", "--compile"]],
+    "data": [[sys.executable, "benchmarks/data.py", "--batch_size", "512"]],
     "cifar": [[sys.executable, "benchmarks/cifar10.py", "--epochs", "30", "--seeds", "3", *(["--data_dir", tree] if tree else [])]],
 }
 

@@ -19,11 +19,12 @@ from difflib import get_close_matches
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from .data import read_image, to_rgb
 from .model import VARIANTS, ConvNeXt
 
 # %% ../nbs/04_pretrained.ipynb #93c0c8ea
@@ -389,12 +390,8 @@ def _labels(model):
 
 def _open(image, in_chans):
     "A PIL image with `in_chans` channels, the right way up."
-    try:
-        if not isinstance(image, Image.Image): image = Image.open(image)
-        return ImageOps.exif_transpose(image).convert("L" if in_chans == 1 else "RGB")
-    except FileNotFoundError: raise FileNotFoundError(f"there is no image {image}") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        raise ValueError(f"cannot read the image {image}: {_line(e)}") from None
+    image = to_rgb(image) if isinstance(image, Image.Image) else read_image(image)
+    return image.convert("L") if in_chans == 1 else image
 
 # %% ../nbs/04_pretrained.ipynb #2bc8dc49
 def preprocessing(

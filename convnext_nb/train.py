@@ -48,7 +48,8 @@ class TrainConfig(DataConfig):
     def __post_init__(self):
         limits = dict(seed=(0, 2**32 - 1), image_size=(1, 2**14), patch_size=(1, 2**10), batch_size=(1, 2**24), num_workers=(0, 2**10), epochs=(1, 2**24),
                       lr=(1e-12, 1e12), min_lr=(0, 1e12), warmup_epochs=(0, self.epochs), weight_decay=(0, 1e6), init_std=(0, 1e6),
-                      label_smoothing=(0, .999), drop_path_rate=(0, .999))
+                      label_smoothing=(0, .999), drop_path_rate=(0, .999), rand_augment=(0, 10), random_erasing=(0, 1), cutout=(0, 2**14),
+                      mixup=(0, 1e3), cutmix=(0, 1e3), crop_pct=(.01, 1))
         for name, (low, high) in limits.items():
             value = getattr(self, name)
             if value is not None and not low <= value <= high: raise ValueError(f"{name} is {value}; it must lie in [{low}, {high}]")
@@ -98,7 +99,7 @@ def lr_at(
 # %% ../nbs/03_train.ipynb #1dccad53
 def train_epoch(
     model: nn.Module,
-    loader,               # yields images (B, C, H, W) and labels (B,)
+    loader,               # yields images (B, C, H, W) and labels (B,), or (B, classes) where they are mixed
     optimizer,
     scheduler,            # stepped after every optimizer step
     criterion,            # loss of (logits, labels), averaged over the batch
@@ -119,6 +120,7 @@ def train_epoch(
         loss.backward()
         optimizer.step()
         scheduler.step()
+        if y.ndim == 2: y = y.argmax(1)  # mixed: the class with the largest share
         sums += torch.stack([loss.detach() * len(y), (logits.argmax(1) == y).sum()])
         count += len(y)
         if i % 20 == 19 or i + 1 == len(loader):
@@ -218,10 +220,10 @@ def plot_history(
     return fig
 
 # %% ../nbs/03_train.ipynb #5cacde14
-def _images_of(info):
+def _images_of(info, cfg):
     "timm's `pretrained_cfg` for this data: what is done to an image before the network sees it."
     return dict(input_size=(info.in_chans, info.image_size, info.image_size), mean=info.mean, std=info.std, interpolation="bicubic",
-                crop_pct=1. if info.image_size <= SMALL else .875, label_names=info.classes)
+                crop_pct=1. if info.image_size <= SMALL else cfg.crop_pct, label_names=info.classes)
 
 # %% ../nbs/03_train.ipynb #575632b3
 def _report(run, history, cfg):
@@ -246,7 +248,7 @@ def train(
     if (run / "result.json").exists(): return json.loads((run / "result.json").read_text())  # resumed, but there is nothing left to do
     train_dl, val_dl, test_dl = create_loaders(cfg)
     model = build_model(cfg, train_dl.info).to(device, memory_format=torch.channels_last)
-    model.pretrained_cfg = _images_of(train_dl.info)
+    model.pretrained_cfg = _images_of(train_dl.info, cfg)
     amp = device.type == "cuda" if cfg.amp is None else cfg.amp
     optimizer = torch.optim.AdamW(param_groups(model, cfg.weight_decay), lr=1., fused=True)
     scheduler = LambdaLR(optimizer, lambda step: lr_at(step, cfg, len(train_dl)))

@@ -14,7 +14,7 @@ from nbdev.config import get_config
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
-BELOW = {"blocks": set(), "model": {"blocks"}, "data": set(), "pretrained": {"blocks", "model"}, "train": {"blocks", "model", "data", "pretrained"},
+BELOW = {"blocks": set(), "model": {"blocks"}, "data": set(), "pretrained": {"blocks", "model", "data"}, "train": {"blocks", "model", "data", "pretrained"},
          "modernize": {"blocks", "model"}, "kernels": {"blocks"}}
 
 spec = importlib.util.spec_from_file_location("_book", ROOT / "nbs" / "_book.py")

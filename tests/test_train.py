@@ -8,6 +8,7 @@ import os
 import pickle
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
@@ -79,7 +80,7 @@ def test_classify_knows_a_run(finished, tmp_path):
     assert [Path(line.split(": ")[0]).name for line in p.stdout.splitlines()] == ["0.png", "1.png"] * 2
     assert all(label in "0123456789" for line in p.stdout.splitlines() for label in (line.split(": ")[1].split()[0], line.split(", ")[1].split()[0]))
     p = subprocess.run([*command, tmp_path / "gone.png"], capture_output=True, text=True)
-    assert p.returncode == 2 and p.stderr == f"convnext-classify: error: there is no image {tmp_path / 'gone.png'}\n" and not p.stdout
+    assert p.returncode == 2 and p.stderr.startswith(f"convnext-classify: error: cannot read the image {tmp_path}") and p.stderr.count("\n") == 1 and not p.stdout
 
 
 @pytest.mark.parametrize("sig", [signal.SIGKILL, signal.SIGINT])
@@ -132,7 +133,7 @@ def test_small_imagefolder(tmp_path):
 def test_large_imagefolder_decodes_in_workers(tmp_path):
     root = tree(tmp_path / "large", dict(train=12, val=4), (80, 100))  # ImageNet's layout: no test/, val/ is the test set
     args = ["--dataset", "imagefolder", "--data_dir", root, "--image_size", 96, "--batch_size", 8, "--epochs", 1, "--warmup_epochs", 0, "--num_workers", 2,
-            "--val_fraction", .2, "--device", "cpu"]
+            "--val_fraction", .2, "--device", "cpu", "--rand_augment", 9, "--random_erasing", .25, "--mixup", .8, "--cutmix", 1]  # the paper's
     p = convnext_train(*args, "--out", tmp_path / "run")
     assert p.returncode == 0, p.stderr
     broken = root / "train" / "dog" / "3.png"
@@ -182,8 +183,47 @@ def test_download(server, tmp_path):
     train, val, test = create_loaders(cfg)
     assert (train.num_samples, val.num_samples, test.num_samples) == (10, 10, 10)
     assert test.info.classes == tuple("abcdefghij")
-    server.url = "http://127.0.0.1:9/"  # nothing listens; what was downloaded serves
+    server.url = "http://127.0.0.1:9/"  # nothing listens; what was downloaded serves, and nothing is written
+    paths = [tmp_path / "data", *(tmp_path / "data").rglob("*")]
+    for path in paths: path.chmod(0o555 if path.is_dir() else 0o444)
+    before = {path: path.stat().st_mtime_ns for path in paths}
     assert create_loaders(cfg)[2].num_samples == 10
+    assert {path: path.stat().st_mtime_ns for path in [tmp_path / "data", *(tmp_path / "data").rglob("*")]} == before
+    for path in paths: path.chmod(0o755)
+
+
+SHARE = """
+import sys, torch
+from torch import distributed as dist
+from convnext_nb.data import DataConfig, create_loaders
+dist.init_process_group("gloo")
+train = create_loaders(DataConfig(dataset="imagefolder", data_dir=sys.argv[1], image_size=int(sys.argv[3]), batch_size=8, val_fraction=0, device="cpu", num_workers=1,
+                                  random_erasing=.5, rand_augment=9., mixup=.8, cutmix=1.))[0]
+train.set_epoch(2)
+torch.save(list(train), f"{sys.argv[2]}/{dist.get_world_size()}_{dist.get_rank()}.pt")
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("size, image_size", [((32, 32), 32), ((80, 100), 96)], ids=["memory", "files"])
+def test_processes_share_the_same_batches(tmp_path, size, image_size):
+    "One, two and four processes of torch.distributed: put together, their batches are equal to the bit."
+    root, whole = tree(tmp_path / "tree", dict(train=10, test=1), size), {}
+    for n in (1, 2, 4):
+        env = os.environ | dict(WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), OMP_NUM_THREADS="1")
+        ranks = [subprocess.Popen([sys.executable, "-c", SHARE, root, tmp_path, str(image_size)], env=env | dict(RANK=str(r))) for r in range(n)]
+        assert [p.wait(timeout=300) for p in ranks] == [0] * n
+        shares = [torch.load(tmp_path / f"{n}_{r}.pt") for r in range(n)]
+        whole[n] = [[torch.cat(t) for t in zip(*batch)] for batch in zip(*shares)]
+    assert len(whole[1]) == 2 and whole[1][0][0].shape == (8, 3, image_size, image_size)
+    for n in (2, 4):
+        for a, b in zip(whole[n], whole[1]): assert all(torch.equal(u, v) for u, v in zip(a, b))
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
 
 
 def test_damaged_download_is_refused(server, tmp_path):
@@ -214,6 +254,14 @@ def test_benchmark_and_gpu_stage_run_on_the_cpu(tmp_path):
             assert s["networks"]["ours"]["ratio"] == 1 and s["networks"].keys() >= {"timm", "Meta's layout"}
             assert all(r["low"] <= r["ratio"] <= r["high"] for r in s["networks"].values())
         assert (results / f"{extra[-1]}.png").exists()
+    finally:
+        for path in results.glob(f"{extra[-1]}.*"): path.unlink()
+    try:
+        p = subprocess.run([sys.executable, "benchmarks/gpu.py", "data", "--device", "cpu", "--images", "600", "--rounds", "2", "--steps", "2", "--batch_size", "64", *extra[-2:]],
+                           cwd=ROOT, capture_output=True, text=True, timeout=300)
+        assert p.returncode == 0, p.stderr
+        settings = json.loads((results / f"{extra[-1]}.json").read_text())["settings"]
+        assert settings["torchvision_over_ours"]["ratio"] > 0 and settings["waiting"]["share"] < 1
     finally:
         for path in results.glob(f"{extra[-1]}.*"): path.unlink()
     p = subprocess.run([sys.executable, "benchmarks/gpu.py", "nothing"], cwd=ROOT, capture_output=True, text=True)
