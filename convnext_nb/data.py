@@ -133,8 +133,8 @@ class Loader:
     def finisher(self):
         "A function of a batch's number, uint8 images (B, C, H, W) and samples, that makes the batch."
         n, side, cfg, boxes = self.num_samples, self.info.image_size, self.cfg, []
-        if self.train and cfg.random_erasing: boxes.append(erasing_boxes(n, side, cfg.random_erasing, self.random(3)))
-        if self.train and cfg.cutout: boxes.append(cutout_boxes(n, side, cfg.cutout, self.random(4)))
+        if self.train and cfg.random_erasing: boxes.append(erasing_boxes(n, side, cfg.random_erasing, self.random(1)))
+        if self.train and cfg.cutout: boxes.append(cutout_boxes(n, side, cfg.cutout, self.random(2)))
         boxes = [box.to(self.device) for box in boxes]
         def finish(b, x, i):
             x, y = (x.float() - self.mean) / self.std, self.labels[i]
@@ -243,8 +243,10 @@ class MemoryLoader(Loader):
         "Which rows and columns of its image each sample shows in this epoch, (N, side) each."
         n, side, cfg = self.num_samples, self.info.image_size, self.cfg
         reach = side // 8 if self.train and cfg.augment else 0
-        shift = torch.randint(-reach, reach + 1, (2, n), generator=self.random(1))
-        flip = torch.rand(n, 1, generator=self.random(2)) < .5
+        g = self.random()
+        torch.randperm(n, generator=g)  # the order, which comes first
+        shift = torch.randint(-reach, reach + 1, (2, n), generator=g)
+        flip = torch.rand(n, 1, generator=g) < .5
         if cfg.alternate_flip:
             always = torch.Generator().manual_seed(mix_seed(cfg.seed))  # of no epoch
             flip = (torch.rand(n, 1, generator=always) < .5) ^ bool(self.epoch % 2)
