@@ -279,6 +279,7 @@ def read_image(path) -> Image.Image:
     "The image at `path`, in RGB."
     try:
         with Image.open(path) as image: return to_rgb(image)
+    except FileNotFoundError: raise FileNotFoundError(f"there is no image {path}") from None
     except Exception as e:
         raise OSError(f"cannot read the image {path}: {e}; repair it or take it out of the folder") from None
 

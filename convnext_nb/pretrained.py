@@ -9,12 +9,19 @@ __all__ = ['FORMATS', 'VOCABULARY', 'IMAGE_SUFFIXES', 'atomic_write', 'read_file
 
 # %% ../nbs/04_pretrained.ipynb #723b820c
 import argparse
+import errno
 import json
+import logging
+import math
+import operator
 import os
 import pickle
 import re
+import sys
 import warnings
+import zipfile
 from collections import Counter
+from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -37,16 +44,19 @@ def atomic_write(
     write,  # called with a temporary path in the same folder; writes the file there
 ):
     "Write a file so that `path` holds either what it held before or all of the new content."
-    path = Path(path)
+    path = Path(path).resolve()  # a link stays one
+    if not path.parent.is_dir(): raise FileNotFoundError(f"cannot write {path}: there is no folder {path.parent}")
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(tmp)
         with open(tmp, "rb+") as f: os.fsync(f.fileno())
         os.replace(tmp, path)
     except (OSError, RuntimeError, SafetensorError) as e:  # the last two are torch's and safetensors' for a full disk
-        raise OSError(f"cannot write {path}: {_line(e)}; is the disk full? "
-                      "What was there before still is") from None
-    finally: tmp.unlink(missing_ok=True)
+        full = not isinstance(e, OSError) or e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None)
+        why = f"{getattr(e, 'strerror', None) or _line(e)}{'; is the disk full?' * full}"
+        raise OSError(f"cannot write {path}: {why} What was there before still is") from None
+    finally:
+        with suppress(OSError): tmp.unlink()
 
 # %% ../nbs/04_pretrained.ipynb #4f9ce94f
 def read_file(
@@ -60,14 +70,21 @@ def read_file(
     with open(path, "rb") as f: start = f.read(64)
     if start.startswith(b"version https://git-lfs"):
         raise ValueError(f"{path} is Git LFS's pointer to the weights; fetch them with: git lfs pull")
-    if start.lstrip()[:1] in (b"<", b"{"):
+    safetensors = start[8:9] == b"{"  # after the length of the text, the text: JSON
+    if not safetensors and start.lstrip()[:1] in (b"<", b"{"):
         raise ValueError(f"{path} is a web page or JSON, no weights; download the file itself")
     try:
-        if start[8:9] == b"{": found = load_file(path)  # a length, then JSON: safetensors
-        else: found = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise ValueError(f"{path} holds more than tensors, or is no file of torch's: only tensors are read, "
-                         "code is never run; save model.state_dict(), not the model") from None
+        if safetensors: found = load_file(path)
+        else:
+            if start[:2] == b"PK" and sum(i.file_size for i in zipfile.ZipFile(path).infolist()) > path.stat().st_size:
+                raise ValueError("compressed, which torch's own are not")
+            with torch.serialization.safe_globals([argparse.Namespace]):  # the arguments of a script: plain values
+                found = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as e:
+        what = re.search(r"GLOBAL ([\w.]+)", str(e))
+        what = what[1] if what else "more than tensors, or is no file of torch"
+        raise ValueError(f"{path} holds {what}: only tensors are read, code is never run; "
+                         "save model.state_dict(), not the model") from None
     except Exception as e:  # a damaged file can raise nearly anything
         raise ValueError(f"{path} is cut short or damaged ({_line(e)[:90]}); get the file again") from None
     if not isinstance(found, dict):
@@ -93,6 +110,9 @@ VOCABULARY = [dict(zip(FORMATS, row)) for row in [
     ("head.norm", "norm", "classifier.0", "layernorm"),
     ("head.fc", "head", "classifier.2", "classifier"),
 ]]
+_NUMBER, _END = r"(?P<\1>[0-9]{1,3})", r"(\.weight|\.bias)?"
+def _pattern(template): return re.compile(re.sub(r"\\{(\w)\\}", _NUMBER, re.escape(template)) + _END)
+_PATTERNS = {f: [_pattern(row[f]) for row in VOCABULARY] for f in FORMATS}
 
 # %% ../nbs/04_pretrained.ipynb #1fb1d683
 def rename(
@@ -101,12 +121,13 @@ def rename(
     to: str,        # the vocabulary that is wanted
 ) -> str | None:    # None: `source` has no such name
     "The name of one tensor in another vocabulary."
-    for row in VOCABULARY:
-        pattern = re.sub(r"\\{(\w)\\}", r"(?P<\1>[0-9]{1,2})", re.escape(row[source])) + r"(\.weight|\.bias)?"
-        if not (found := re.fullmatch(pattern, key)): continue
+    for row, pattern in zip(VOCABULARY, _PATTERNS[source]):
+        if not (found := pattern.fullmatch(key)): continue
         n = {k: int(v) for k, v in found.groupdict().items()}
         i = n["d"] // 2 if "d" in n else n["b"] // 2 if "b" in n else n.get("i", 0)
-        return row[to].format(**n | dict(i=i, d=2 * i, b=2 * i + 1)) + (found[found.re.groups] or "")
+        if "k" in n and i == 0: continue  # the first stage has the stem in place of a downsampling layer
+        n, end = n | dict(i=i, d=2 * i, b=2 * i + 1), found[found.re.groups] or ""
+        if row[source].format(**n) + end == key: return row[to].format(**n) + end
 
 # %% ../nbs/04_pretrained.ipynb #94d1aa6c
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
@@ -117,10 +138,12 @@ def unwrap(
 ) -> dict:        # name to tensor, in the vocabulary that the file has
     "The weights inside wrappers, without prefixes; counters, and what is no tensor, stay behind."
     for _ in _WRAPPERS:
-        state = next((state[w] for w in _WRAPPERS if isinstance(state.get(w), dict)), state)
+        state = next((state[w] for w in _WRAPPERS if isinstance(state.get(w), dict) and state[w]), state)
+    tensors = {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, torch.Tensor) and v.ndim}
+    if any("backbone." in k for k in tensors):  # a detector's
+        tensors = {k: v for k, v in tensors.items() if "backbone." in k}
     bare = {}
-    for k, v in state.items():
-        if not isinstance(k, str) or not isinstance(v, torch.Tensor) or v.ndim == 0: continue
+    for k, v in tensors.items():
         while prefix := next((p for p in _PREFIXES if k.startswith(p)), None): k = k.removeprefix(prefix)
         if k in bare:
             raise ValueError(f"two tensors are called {k!r} once prefixes such as 'module.' are off; "
@@ -167,7 +190,7 @@ def convert_state_dict(
         if ".grn." in k: v = v.reshape(1, 1, 1, -1) if to in ("meta", "hf") else v.flatten()
         if k.endswith(".gamma"): v = v.reshape(-1, 1, 1) if to == "torchvision" else v.flatten()
         if re.search(r"mlp\.fc\d\.weight", k):
-            v = v.reshape(*v.shape[:2], *[1, 1] * (to == "timm" and width < 96))  # 1x1 convolutions in atto to nano
+            v = v.reshape(*v.shape[:2], *[1, 1] * (to == "timm" and 0 < width < 96))  # 1x1 convolutions in atto to nano
         k = rename(k, "timm", to)
         converted[k if to != "hf" or k.startswith("classifier") else f"convnext{'v2' * has_grn}.{k}"] = v
     return converted
@@ -181,11 +204,13 @@ def config_of(
         stage_of = [re.fullmatch(r"stages\.(\d+)\.blocks\.\d+\.norm\.weight", k) for k in state]
         count = Counter(int(m[1]) for m in stage_of if m)
         stem, first = state["stem.0.weight"], "stages.0.blocks.0."
-        hidden, dim, *_ = state[first + "mlp.fc1.weight"].shape
-        return dict(in_chans=stem.shape[1], patch_size=stem.shape[2], mlp_ratio=hidden / dim,
+        dims = tuple(len(state[f"stages.{i}.blocks.0.norm.weight"]) for i in range(len(count)))
+        hiddens = (len(state[f"stages.{i}.blocks.0.mlp.fc1.weight"]) for i in range(len(dims)))
+        ratio, hidden, dim = max((h / d, h, d) for h, d in zip(hiddens, dims))
+        if int(ratio * dim) < hidden: ratio = math.nextafter(ratio, math.inf)  # a network truncates ratio * dim
+        return dict(in_chans=stem.shape[1], patch_size=stem.shape[2], mlp_ratio=ratio,
                     kernel_size=state[first + "conv_dw.weight"].shape[2],
-                    depths=tuple(count[i] for i in range(len(count))),
-                    dims=tuple(len(state[f"stages.{i}.blocks.0.norm.weight"]) for i in range(len(count))),
+                    depths=tuple(count[i] for i in range(len(count))), dims=dims,
                     use_grn=first + "mlp.grn.weight" in state,
                     ls_init_value=1e-6 if first + "gamma" in state else None,
                     num_classes=len(state.get("head.fc.weight", ())))
@@ -207,16 +232,17 @@ def fit_state(
     "Check that `state` has the model's keys and shapes, and finite values; a ValueError says what differs."
     want = want or {k: v.shape for k, v in model.state_dict().items()}
     state = {k: v.flatten(1) if ".mlp.fc" in k and v.shape[2:] == (1, 1) else v for k, v in state.items()}
-    shapes = [f"{k} {tuple(v.shape)} for {tuple(want[k])}" for k, v in state.items() if k in want and v.shape != want[k]]
+    shapes = [f"{k} {tuple(v.shape)} for {tuple(want[k])}" for k, v in state.items() if v.shape != want.get(k, v.shape)]
     differ = {"missing": [k for k in want if k not in state], "unknown": [k for k in state if k not in want],
               "of another shape": shapes}
     if any(differ.values()):
-        try: hint = f"; these are weights of {_variant(config_of(state))}".removesuffix("; these are weights of custom")
-        except ValueError: hint = ""
+        try: name = _variant(config_of(state))
+        except ValueError: name = "custom"
+        hint = f"; these are weights of {name}: load them into one, or by load_model" if name != "custom" else ""
         raise ValueError(f"{source} does not fit this model; "
                          + "; ".join(f"{k}: {_some(v)}" for k, v in differ.items() if v) + hint)
-    bad = [k for k, v in state.items() if not (v.is_floating_point() and v.isfinite().all())]
-    if bad: raise ValueError(f"{source} holds what is no finite number in {_some(bad)}: damaged, or of a run that diverged")
+    bad = [k for k, v in state.items() if not v.isfinite().all()]
+    if bad: raise ValueError(f"{source} has values that are not finite in {_some(bad)}: damaged, or a run that diverged")
     return state
 
 # %% ../nbs/04_pretrained.ipynb #1b4d9e56
@@ -240,43 +266,65 @@ def resample_stem(
 
 # %% ../nbs/04_pretrained.ipynb #83aa7666
 def _from_timm(tag):
-    "State dict of a model that timm knows, from the hub or its cache."
+    "State dict of a model that timm knows, from the hub or its cache, and the `_FACTS` about it."
     import timm
     known = timm.list_pretrained("convnext*")
     if tag not in known and tag not in timm.list_models("convnext*", pretrained=True):
+        known = [t for t in known if not re.search("_(ols|rms|hnf|mlp)", t)]  # those have parts that ours has not
         near = get_close_matches(tag, known, n=3, cutoff=.5) or known[:3]
         raise ValueError(f"{tag!r} is neither a file nor a timm tag; did you mean {' or '.join(near)}?")
-    try: net = timm.create_model(tag, pretrained=True)
+    with torch.device("meta"):  # whether it can be had is known before anything is downloaded
+        try:
+            names = convert_state_dict(timm.create_model(tag).state_dict(), "timm")
+            lacking = [k for k in ConvNeXt(**config_of(names)).state_dict() if k not in names]
+            if lacking: raise ValueError(f"it lacks {_some(lacking)}: another kind of network")
+        except ValueError as e: raise ValueError(f"{tag}: {e}") from None
+    hub = logging.getLogger("huggingface_hub")
+    level = hub.level
+    try:
+        hub.setLevel(logging.CRITICAL)  # not twenty lines of retries before our one
+        net = timm.create_model(tag, pretrained=True)
     except Exception as e:
         raise OSError(f"cannot get {tag} from the hub or its cache: {_line(e)}; with no network, pass a file") from None
+    finally: hub.setLevel(level)
     facts = net.pretrained_cfg | dict(norm_eps=next(m.eps for m in net.modules() if hasattr(m, "eps")))
-    return net.state_dict(), {k: facts[k] for k in _FACTS if facts.get(k) is not None}
+    return net.state_dict(), _checked(facts, tag)
 
 # %% ../nbs/04_pretrained.ipynb #41d3f1e6
 def _numbers(low, high, n=None, kind=(int, float)):
     "A test: a list of n numbers (None: at least one) within these limits."
-    return lambda v: len(v) == (n or len(v) or 1) and all(isinstance(i, kind) and low < i <= high for i in v)
+    def one(i): return isinstance(i, kind) and i is not True and low < i <= high
+    return lambda v: len(v) == (n or len(v) or 1) and all(map(one, v))
 
 def _one_of(*names): return lambda v: v in names
 
 _FACTS = dict(  # what a file may tell about its images and norms, and a test of it
     input_size=_numbers(0, 4096, 3, int), mean=_numbers(-1e4, 1e4), std=_numbers(0, 1e4),
-    crop_pct=lambda v: 0 < v <= 1, crop_mode=_one_of("center", "squash", "border"),
+    crop_pct=lambda v: .1 <= v <= 1, crop_mode=_one_of("center", "squash", "border"),
     interpolation=_one_of("nearest", "bilinear", "bicubic", "lanczos"), norm_eps=lambda v: 0 < v < 1,
     label_names=lambda v: isinstance(v, list) and all(isinstance(n, str) for n in v))
 
+def _checked(facts, source):
+    "Those of the `_FACTS` that are there, as plain lists and numbers; a ValueError for what can't be."
+    given = {k: facts[k] for k in _FACTS if facts.get(k) is not None}
+    plain = json.loads(json.dumps(given, default=lambda v: v.tolist()))
+    for k, v in plain.items():
+        try: right = _FACTS[k](v)
+        except TypeError: right = False
+        if not right: raise ValueError(f"{source} says {k} = {str(v)[:60]!r}, which can't be; correct that")
+    if {"mean", "std"} <= plain.keys() and len(plain["mean"]) != len(plain["std"]):
+        raise ValueError(f"{source} says mean = {plain['mean']} and std = {plain['std']}; give both for each channel")
+    return plain
+
 def _read_metadata(path):
-    "Those of the `_FACTS` that a safetensors file tells."
+    "What a safetensors file tells in words."
     with open(path, "rb") as f:
         if f.read(9)[8:] != b"{": return {}
     with safe_open(path, "pt") as f: text = f.metadata() or {}
-    def value(k, test):
-        try:
-            v = json.loads(text[k])
-            if test(v): return v
-        except (TypeError, ValueError, RecursionError): pass
-        raise ValueError(f"{path} says {k} = {text[k][:60]!r}, which can't be; correct its metadata")
-    return {k: value(k, test) for k, test in _FACTS.items() if k in text}
+    def value(v):
+        try: return json.loads(v)
+        except (ValueError, RecursionError): return v
+    return _checked({k: value(text[k]) for k in _FACTS if k in text}, path)
 
 def _torchvision_images(state):
     "How torchvision prepares images for its weights of this variant."
@@ -289,14 +337,22 @@ def _torchvision_images(state):
 
 def _fetch(source):
     "State dict with timm's names, and what is known about the images, of a file or a timm tag."
-    is_file = Path(source).suffix in (".safetensors", ".pth", ".pt", ".bin") or Path(source).exists()
-    if not is_file: return _from_timm(str(source))
+    has_suffix = Path(source).suffix in (".safetensors", ".pth", ".pt", ".bin")
+    if not (has_suffix or os.sep in str(source) or Path(source).exists()):
+        state, facts = _from_timm(str(source))
+        return convert_state_dict(state, "timm"), facts
     state, facts = read_file(source), _read_metadata(source)
     try:
-        form = detect_format(state)
+        state, form = unwrap(state), detect_format(state)
+        for k, v in state.items():  # a file may claim a tensor far larger than itself, or one that is none
+            dense = v.layout == torch.strided and v.device.type == "cpu" and v.dtype in _FLOATS
+            if not dense or v.nbytes > v.untyped_storage().nbytes():
+                raise ValueError(f"{k} is no dense tensor of floating-point numbers; get weights that are not quantized")
         state = convert_state_dict(state, "timm", form)
         return state, facts or (_torchvision_images(state) if form == "torchvision" else {})
-    except (ValueError, RuntimeError) as e: raise ValueError(f"{source}: {_line(e)}") from None
+    except ValueError as e: raise ValueError(f"{source}: {e}") from None
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 # %% ../nbs/04_pretrained.ipynb #6b181d66
 def _adapt(state, facts, model, classes):
@@ -307,46 +363,63 @@ def _adapt(state, facts, model, classes):
         state = state | {f"head.norm.{k}": v for k, v in model.head.norm.state_dict().items()}
     if theirs != classes:
         state = {k: v for k, v in state.items() if not k.startswith("head.fc.")}
-        had = f"its classifier has {theirs} classes" if theirs else "it has no classifier"
-        if classes: said.append(f"{had}, the model's of {classes} starts fresh")
+        facts = {k: v for k, v in facts.items() if k != "label_names"}
+        had = f"its classifier has {theirs} classes, the model's of {classes} starts fresh"
+        if classes: said.append(had if theirs else "it has no classifier, the model keeps its own")
     stem, (dim, chans, patch, _) = state.get("stem.0.weight"), model.stem[0].weight.shape
-    if stem is not None and stem.ndim == 4 and len(stem) == dim and stem.shape[1:] != (chans, patch, patch) and stem.numel():
+    other = stem is not None and stem.ndim == 4 and stem.shape[1:] != (chans, patch, patch)
+    if other and len(stem) == dim and stem.numel():
         state = state | {"stem.0.weight": resample_stem(stem, chans, patch)}
         said.append(f"its stem of {tuple(stem.shape[1:])} was resampled to {(chans, patch, patch)}")
         size = [n * patch // stem.shape[2] for n in facts.get("input_size", ())[1:]]
-        if size: facts = facts | dict(input_size=(chans, *size))
+        if size: facts = facts | dict(input_size=[chans, *size])
     return state, facts, said
 
+def _bare(model):
+    "The network inside torch.compile's or DistributedDataParallel's wrapper."
+    while inner := getattr(model, "_orig_mod", None) or getattr(model, "module", None): model = inner
+    if isinstance(model, ConvNeXt): return model
+    raise ValueError(f"the model is a {type(model).__name__}; a ConvNeXt of this package was expected")
+
 def _fill(model, state, facts, source, num_classes=None):
-    "Check everything, then copy; a warning says what was not taken as it stood."
+    "Check everything, say what is not taken as it stands, and only then copy."
     classes = model.num_classes if num_classes is None else num_classes
+    theirs = len(state.get("head.fc.weight", ()))
     try: state, facts, said = _adapt(state, facts, model, classes)
     except ValueError as e: raise ValueError(f"{source}: {e}") from None
     want = {k: v.shape for k, v in model.state_dict().items() if not k.startswith("head.fc.")}
-    fresh = "head.fc.weight" not in state
-    if not fresh: want |= {"head.fc.weight": (classes, model.num_features), "head.fc.bias": (classes,)}
+    if "head.fc.weight" in state: want |= {"head.fc.weight": (classes, model.num_features), "head.fc.bias": (classes,)}
     state = fit_state(state, model, source, want)
-    if fresh or classes != model.num_classes: model.reset_classifier(classes)
-    model.load_state_dict(state, strict=False)  # every key was compared above, a fresh classifier has none
-    if facts: model.pretrained_cfg = facts
     if num_classes is not None: said = [s for s in said if "classifier" not in s]  # asked for
     if said: warnings.warn(f"{source}: {'; '.join(said)}", stacklevel=3)
-    return model
+    fresh = theirs != classes and (theirs or num_classes)  # without a classifier in the file, the model's own stays
+    if fresh or classes != model.num_classes: model.reset_classifier(classes)
+    model.load_state_dict(state, strict=False)  # every key was compared above, a fresh classifier has none
+    model.pretrained_cfg = facts
 
 # %% ../nbs/04_pretrained.ipynb #38257da4
 def load_weights(
-    model: nn.Module,
+    model: ConvNeXt,                  # or one that torch.compile or DistributedDataParallel has wrapped
     source,                           # a file, or a timm tag such as "convnext_tiny.fb_in1k"
     num_classes: int | None = None,   # for the model from now on; None: as it is
 ) -> nn.Module:                       # `model`, what the source tells of its images in `model.pretrained_cfg`
     "Load weights of any of the `FORMATS`; if they do not fit, or cannot be had, the model stays as it was."
-    if num_classes is not None and not (isinstance(num_classes, int) and num_classes >= 0):
-        raise ValueError(f"num_classes is {num_classes!r}; a count of classes, 0 for none, was expected")
-    return _fill(model, *_fetch(source), source, num_classes)
+    net, num_classes = _bare(model), _classes(num_classes)
+    if net.stem[0].weight.is_meta:
+        raise ValueError("the model is on the meta device, without memory; use load_model, or model.to_empty first")
+    _fill(net, *_fetch(source), source, num_classes)
+    return model
+
+def _classes(n):
+    "None, or an int; a ValueError for what is no count."
+    try:
+        if n is None or operator.index(n) >= 0: return n if n is None else operator.index(n)
+    except TypeError: pass
+    raise ValueError(f"num_classes is {n!r}; a count of classes, 0 for none, was expected")
 
 # %% ../nbs/04_pretrained.ipynb #5f2b30b6
 def save_weights(
-    model: nn.Module,
+    model: ConvNeXt,        # or one that torch.compile or DistributedDataParallel has wrapped
     path,                   # the .safetensors file to write
     format: str = "timm",   # one of `FORMATS`: whose names the tensors get
 ):
@@ -354,10 +427,11 @@ def save_weights(
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"{path} would hold safetensors; name it {path.with_suffix('.safetensors').name}")
+    model = _bare(model)
     state = {k: v.detach().cpu() for k, v in model.state_dict().items()}
-    config, known = config_of(state), getattr(model, "pretrained_cfg", {})
-    facts = {k: known[k] for k in _FACTS if k in known} | dict(norm_eps=model.head.norm.eps)
-    facts |= {k: config[k] for k in ("num_classes", "in_chans", "patch_size")}
+    config, known = config_of(state), dict(getattr(model, "pretrained_cfg", {}))
+    if len(known.get("label_names") or ()) != config["num_classes"]: known.pop("label_names", None)  # another classifier's
+    facts = _checked(known | dict(norm_eps=model.head.norm.eps), "model.pretrained_cfg")
     text = {k: json.dumps(v) for k, v in facts.items()} | dict(format="pt", architecture=_variant(config))
     state = {k: v.contiguous() for k, v in convert_state_dict(state, format).items()}
     atomic_write(path, lambda tmp: save_file(state, tmp, metadata=text))
@@ -366,14 +440,17 @@ def save_weights(
 def load_model(
     source,                           # a file of any of the `FORMATS`, or a timm tag
     num_classes: int | None = None,   # other than the file's: a fresh classifier
+    **overrides,                      # of `ConvNeXt`: drop_path_rate, another patch_size or in_chans, norm_eps
 ) -> ConvNeXt:
     "The network that a file holds, made from that file alone."
-    state, facts = _fetch(source)
-    try: config = config_of(state) | dict(norm_eps=facts.get("norm_eps", 1e-6))
+    num_classes, (state, facts) = _classes(num_classes), _fetch(source)
+    try: config = config_of(state) | {k: facts[k] for k in ("norm_eps",) if k in facts} | overrides
     except ValueError as e: raise ValueError(f"{source}: {e}") from None
     with torch.device("meta"): shell = ConvNeXt(**config)  # no memory yet for what a file only claims
     fit_state(_adapt(state, {}, shell, shell.num_classes)[0], shell, source)
-    return _fill(ConvNeXt(**config), state, facts, source, num_classes)
+    model = ConvNeXt(**config)
+    _fill(model, state, facts, source, num_classes)
+    return model
 
 # %% ../nbs/04_pretrained.ipynb #df8d3478
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm")
@@ -390,6 +467,7 @@ def _labels(model):
 
 def _open(image, in_chans):
     "A PIL image with `in_chans` channels, the right way up."
+    if in_chans not in (1, 3): raise ValueError(f"the network takes {in_chans} channels; images have 1 or 3")
     image = to_rgb(image) if isinstance(image, Image.Image) else read_image(image)
     return image.convert("L") if in_chans == 1 else image
 
@@ -416,7 +494,7 @@ def find_images(
     for path in paths:
         if isinstance(path, Image.Image) or not Path(path).is_dir(): found.append(path)
         else:
-            inside = sorted(p for p in Path(path).iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+            inside = sorted(p for p in Path(path).glob("[!.]*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
             if not inside: raise ValueError(f"there are no images in the folder {path}")
             found += inside
     return found
@@ -424,21 +502,23 @@ def find_images(
 # %% ../nbs/04_pretrained.ipynb #5edb6d97
 def classify(
     model: ConvNeXt,
-    images,               # paths, folders of images, or PIL images; one of them or a list
+    images,               # paths, folders of images, or PIL images; one of them or several
     topk: int = 5,        # how many classes for each
     batch_size: int = 32, # images that go through the network at once
 ) -> list:                # for each image a list of (label, probability), the most probable first
     "What the model sees, with its checkpoint's own preprocessing and class names."
-    images = find_images(images if isinstance(images, (list, tuple)) else [images])
+    one = isinstance(images, (str, os.PathLike, Image.Image))
+    images, like = find_images([images] if one else images), next(model.parameters())
     if not model.num_classes: raise ValueError("the model has no classifier (num_classes is 0)")
-    transform, labels, device = preprocessing(model), _labels(model), next(model.parameters()).device
+    if min(topk, batch_size) < 1: raise ValueError(f"topk is {topk}, batch_size {batch_size}; both must be at least 1")
+    transform, labels = preprocessing(model), _labels(model)
     training, answers = model.training, []
     model.eval()
     try:
         with torch.inference_mode():
             for i in range(0, len(images), batch_size):
                 x = torch.stack([transform(_open(im, model.in_chans)) for im in images[i:i + batch_size]])
-                p, k = model(x.to(device)).float().softmax(-1).topk(min(topk, model.num_classes))
+                p, k = model(x.to(like.device, like.dtype)).float().softmax(-1).topk(min(topk, model.num_classes))
                 answers += [[(labels[c], q) for c, q in zip(*row)] for row in zip(k.tolist(), p.tolist())]
     finally: model.train(training)
     return answers
@@ -460,10 +540,13 @@ def main(
     parser.error = lambda message: parser.exit(2, f"convnext-classify: error: {message}\n")
     a = parser.parse_args(argv)
     try:
-        if a.topk < 1: raise ValueError(f"--topk is {a.topk}; it must be at least 1")
         images = find_images(a.images)
-        for image in images: _open(image, 3)  # all of them, before the weights are fetched
-        answers = classify(load_model(a.weights or a.model).to(a.device), images, a.topk)
-    except (ValueError, OSError, RuntimeError) as e: parser.error(_line(e))
-    for image, answer in zip(images, answers):
-        print(f"{image}: " + ", ".join(f"{label} {p:.1%}" for label, p in answer))
+        for image in images:  # before the weights are fetched
+            if not Path(image).is_file(): raise FileNotFoundError(f"there is no image {image}")
+        model = load_model(a.model if a.weights is None else a.weights).to(a.device)
+        for image in images:
+            answer = ", ".join(f"{' '.join(label.split())} {p:.1%}" for label, p in classify(model, image, a.topk)[0])
+            print(f"{image}: {answer}", flush=True)
+    except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # who reads has enough
+    except KeyboardInterrupt: parser.exit(130)
+    except (ValueError, OSError, RuntimeError, MemoryError) as e: parser.error(_line(e))

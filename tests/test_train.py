@@ -78,9 +78,11 @@ def test_classify_knows_a_run(finished, tmp_path):
     p = subprocess.run([*command, images / "cat", images / "dog", "--weights", finished / "best.safetensors", "--topk", "2"], capture_output=True, text=True)
     assert p.returncode == 0 and not p.stderr, p.stderr
     assert [Path(line.split(": ")[0]).name for line in p.stdout.splitlines()] == ["0.png", "1.png"] * 2
-    assert all(label in "0123456789" for line in p.stdout.splitlines() for label in (line.split(": ")[1].split()[0], line.split(", ")[1].split()[0]))
+    for line in p.stdout.splitlines():
+        (a, p1), (b, p2) = (pair.split() for pair in line.split(": ")[1].split(", "))
+        assert {a, b} <= set("0123456789") and 100 >= float(p1.strip("%")) >= float(p2.strip("%")) >= 0
     p = subprocess.run([*command, tmp_path / "gone.png"], capture_output=True, text=True)
-    assert p.returncode == 2 and p.stderr.startswith(f"convnext-classify: error: cannot read the image {tmp_path}") and p.stderr.count("\n") == 1 and not p.stdout
+    assert p.returncode == 2 and p.stderr.startswith(f"convnext-classify: error: there is no image {tmp_path}") and p.stderr.count("\n") == 1 and not p.stdout
 
 
 @pytest.mark.parametrize("sig", [signal.SIGKILL, signal.SIGINT])
