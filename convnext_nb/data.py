@@ -117,13 +117,12 @@ class Loader:
         return torch.Generator().manual_seed(mix_seed(self.cfg.seed, self.epoch, *(use, 1) * (use > 0)))
 
     def order(self) -> torch.Tensor:
-        "The samples of this epoch, (N,) on the device."
-        n = self.num_samples
-        return (torch.randperm(n, generator=self.random()) if self.train else torch.arange(n)).to(self.device)
+        "The samples of this epoch, (N,)."
+        return torch.randperm(self.num_samples, generator=self.random()) if self.train else torch.arange(self.num_samples)
 
-    def batches(self):
+    def batches(self, device="cpu"):
         "For each batch its number, and this process's samples; if it will be mixed, the sample before them too."
-        whole = self.order().split(self.cfg.batch_size)
+        whole = self.order().to(device).split(self.cfg.batch_size)
         for b in range(self.start, len(self)):
             low, high = (len(whole[b]) * r // self.world for r in (self.rank, self.rank + 1))
             mine = whole[b][low:high]
@@ -258,7 +257,7 @@ class MemoryLoader(Loader):
         rows, cols = self.crops()
         change = RandAugment(self.cfg.rand_augment, self.info) if self.train and self.cfg.rand_augment else None
         finish = self.finisher()
-        for b, i in self.batches():
+        for b, i in self.batches(self.device):
             x = self.images[i[:, None, None], rows[i][:, :, None], cols[i][:, None, :]]  # (B, H, W, C) uint8
             x = x.permute(0, 3, 1, 2)
             if change: x = torch.stack([seeded(change, im, self.cfg.seed, self.epoch, k) for im, k in zip(x, i.tolist())])
@@ -328,7 +327,8 @@ class FileLoader(Loader):
 
     def __iter__(self):
         finish = self.finisher()
-        for (b, i), x in zip(self.batches(), self.decoder): yield finish(b, x.to(self.device, non_blocking=True), i)
+        for (b, i), x in zip(self.batches(), self.decoder):
+            yield finish(b, *(t.to(self.device, non_blocking=True) for t in (x, i)))
 
 class Keys:
     "Of a `FileLoader`'s batches: what it asks its workers for."

@@ -46,10 +46,10 @@ class TrainConfig(DataConfig):
     resume: bool = False                # go on with the run in `out`, or start it if there is none
 
     def __post_init__(self):
-        limits = dict(seed=(0, 2**32 - 1), image_size=(1, 2**14), patch_size=(1, 2**10), batch_size=(1, 2**24), num_workers=(0, 2**10), epochs=(1, 2**24),
+        limits = dict(seed=(0, 2**32 - 1), image_size=(1, 4096), patch_size=(1, 2**10), batch_size=(1, 2**24), num_workers=(0, 2**10), epochs=(1, 2**24),
                       lr=(1e-12, 1e12), min_lr=(0, 1e12), warmup_epochs=(0, self.epochs), weight_decay=(0, 1e6), init_std=(0, 1e6),
                       label_smoothing=(0, .999), drop_path_rate=(0, .999), rand_augment=(0, 10), random_erasing=(0, 1), cutout=(0, 2**14),
-                      mixup=(0, 1e3), cutmix=(0, 1e3), crop_pct=(.01, 1))
+                      mixup=(0, 1e3), cutmix=(0, 1e3), crop_pct=(.1, 1))
         for name, (low, high) in limits.items():
             value = getattr(self, name)
             if value is not None and not low <= value <= high: raise ValueError(f"{name} is {value}; it must lie in [{low}, {high}]")
