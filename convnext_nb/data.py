@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = ['DATASETS', 'SMALL', 'DatasetInfo', 'DataConfig', 'mix_seed', 'stratified_split', 'process_of', 'Loader',
            'pick_device', 'erasing_boxes', 'cutout_boxes', 'erase', 'mix', 'crop_index', 'RandAugment', 'seeded',
-           'MemoryLoader', 'to_rgb', 'read_image', 'make_transform', 'ImageFiles', 'FileLoader', 'Keys', 'load_digits',
-           'load_cifar', 'scan_folder', 'resize', 'own_size', 'decode', 'read_parts', 'hold_out', 'create_loaders']
+           'MemoryLoader', 'to_rgb', 'read_image', 'make_transform', 'ImageFiles', 'FileLoader', 'keep_going', 'Keys',
+           'load_digits', 'load_cifar', 'scan_folder', 'resize', 'own_size', 'decode', 'read_parts', 'hold_out',
+           'create_loaders']
 
 # %% ../nbs/02_data.ipynb #23524fcb
 import os
+import signal
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -323,12 +325,17 @@ class FileLoader(Loader):
         workers = min(8, max(1, (os.cpu_count() or 1) // self.world)) if cfg.num_workers is None else cfg.num_workers
         files = ImageFiles(paths, make_transform(info, cfg, train), cfg.seed)
         self.decoder = DataLoader(files, batch_sampler=Keys(self), num_workers=workers, persistent_workers=workers > 0,
-                                  pin_memory=self.device.type == "cuda")
+                                  pin_memory=self.device.type == "cuda", worker_init_fn=keep_going if workers else None,
+                                  generator=torch.Generator())  # the global one is left as it is
 
     def __iter__(self):
         finish = self.finisher()
         for (b, i), x in zip(self.batches(), self.decoder):
             yield finish(b, *(t.to(self.device, non_blocking=True) for t in (x, i)))
+
+def keep_going(worker: int):
+    "In a worker: whoever interrupts a run means its main process, which may still want a batch."
+    for s in (signal.SIGINT, signal.SIGTERM): signal.signal(s, signal.SIG_IGN)
 
 class Keys:
     "Of a `FileLoader`'s batches: what it asks its workers for."

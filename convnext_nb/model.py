@@ -121,6 +121,11 @@ class ConvNeXt(nn.Module):
         self.head.fc = nn.Linear(self.num_features, num_classes, **like) if num_classes else nn.Identity()
         self.head.fc.apply(_init_weights)
 
+    def group_matcher(self, coarse: bool = False):
+        "What belongs to the same depth, in timm's form: its layer-wise learning rates read it."
+        fine = [(r"^stages\.(\d+)\.downsample", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None)]
+        return dict(stem=r"^stem", blocks=r"^stages\.(\d+)" if coarse else fine)
+
     def set_grad_checkpointing(self, enable: bool = True):
         "Keep only the blocks' inputs for the backward pass, or everything."
         for stage in self.stages: stage.grad_checkpointing = enable

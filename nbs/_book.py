@@ -59,7 +59,7 @@ def readme():
 def run(path):
     "Execute a notebook and keep its outputs; `slow` cells, and without a GPU `cuda` ones, keep those that they have."
     import torch
-    os.environ["PYTHONWARNINGS"] = "ignore"  # warnings print paths of the machine
+    os.environ |= {"PYTHONWARNINGS": "ignore", "TQDM_DISABLE": "1"}  # warnings print paths of the machine, progress bars go by
     nb = nbformat.read(path, as_version=4)
     for cell in nb.cells:
         if "#| slow" in cell.source or "#| cuda" in cell.source and not torch.cuda.is_available(): cell.metadata.tags = ["skip-execution"]

@@ -4,9 +4,11 @@ import hashlib
 import http.server
 import io
 import json
+import multiprocessing
 import os
 import pickle
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -85,26 +87,218 @@ def test_classify_knows_a_run(finished, tmp_path):
     assert p.returncode == 2 and p.stderr.startswith(f"convnext-classify: error: there is no image {tmp_path}") and p.stderr.count("\n") == 1 and not p.stdout
 
 
-@pytest.mark.parametrize("sig", [signal.SIGKILL, signal.SIGINT])
-def test_killed_and_resumed_ends_the_same(finished, tmp_path, sig):
-    out = tmp_path / "killed"
+def same(a, b):
+    "Equal to the bit, but for the time it took."
+    if isinstance(a, torch.Tensor): return torch.equal(a, b)
+    if isinstance(a, dict): return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a if k not in ("seconds", "images_per_s"))
+    return len(a) == len(b) and all(map(same, a, b)) if isinstance(a, (list, tuple)) else a == b
+
+
+def assert_same_run(a, b):
+    "Weights, average, moments, random numbers, history, best weights, result."
+    assert same(read_file(a / "last.pt"), read_file(b / "last.pt"))
+    assert (a / "best.safetensors").read_bytes() == (b / "best.safetensors").read_bytes()
+    assert same(*(json.loads((p / "result.json").read_text()) for p in (a, b)))
+
+
+@pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT])
+def test_stopped_by_a_signal_and_resumed(finished, tmp_path, sig):
+    out = tmp_path / "stopped"
     p = subprocess.Popen([*COMMAND, *SMALL, "--out", out], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert p.stdout.readline().startswith("epoch 1/3")
-    while not (out / "last.pt").exists(): time.sleep(.02)
+    while not p.stdout.readline().startswith("epoch 1/3"): pass
     time.sleep(.2)  # within epoch 2
     p.send_signal(sig)
     _, err = p.communicate(timeout=60)
-    assert not (out / "result.json").exists()
-    if sig == signal.SIGINT: assert p.returncode == 130 and "--resume" in err and "Traceback" not in err
+    assert p.returncode == 128 + sig and "--resume" in err and "Traceback" not in err
+    assert 20 <= (state := read_file(out / "last.pt"))["epoch"] * 20 + state["batch"] < 60
     assert "already holds a run" in fails(*SMALL, "--out", out)
-    assert convnext_train(*SMALL, "--out", out, "--resume").returncode == 0
-    a, b = read_file(finished / "last.pt"), read_file(out / "last.pt")
-    for k in a["model"]: assert torch.equal(a["model"][k], b["model"][k]), k
-    for k, s in a["optimizer"]["state"].items():
-        for name in s: assert torch.equal(s[name], b["optimizer"]["state"][k][name]), (k, name)
-    same = lambda run: [{k: v for k, v in row.items() if k not in ("seconds", "images_per_s")} for row in run["extra"]["history"]]
-    assert same(a) == same(b)
-    assert read_file(finished / "best.safetensors").keys() == a["model"].keys()
+    assert convnext_train("--out", out, "--resume").returncode == 0  # the folder knows the rest
+    assert_same_run(finished, out)
+
+
+SEVERAL = dict(epochs=2, warmup_epochs=1, drop_path_rate=.2, image_size=16, patch_size=2, batch_size=128, device="cpu", checkpoint_steps=2)
+
+
+def train_quietly(out, steps, **kw):
+    "In a process of its own: train, and count the steps."
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    torch.set_num_threads(1)
+    from convnext_nb import train as t
+    real = t.train_step
+    def counting(run, x, y):
+        values = real(run, x, y)
+        steps.value = run.step + 1
+        return values
+    t.train_step = counting
+    try: t.train(t.TrainConfig(**SEVERAL | kw, out=str(out), resume=True))
+    except t.Interrupted as e: os._exit(128 + e.args[0])
+
+
+@pytest.fixture(scope="module")
+def fresh_processes():
+    "Processes that have everything imported, to be killed by the dozen."
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["convnext_nb.train", "sklearn.datasets", "sklearn.model_selection", "matplotlib.pyplot", "torch._dynamo", __name__])
+    return context
+
+
+@pytest.mark.parametrize("sig, times", [(signal.SIGKILL, 100), (signal.SIGTERM, 15)], ids=["SIGKILL", "SIGTERM"])
+def test_killed_at_random_instants(fresh_processes, tmp_path, sig, times):
+    "Mid-epoch, mid-evaluation, mid-write: whatever the instant, the runs end like one that was never killed. SIGTERM loses no step."
+    def start(out):
+        p = fresh_processes.Process(target=train_quietly, args=(out, steps := fresh_processes.Value("q", 0)))
+        p.start()
+        return p, steps
+    began = time.monotonic()
+    whole, _ = start(tmp_path / "whole")
+    whole.join()
+    assert whole.exitcode == 0
+    seconds, rng = time.monotonic() - began, np.random.default_rng(0)
+    kills, run, writing, places, stalls = 0, 0, 0, set(), 0
+    while kills < times or not (out / "result.json").exists():
+        out = tmp_path / f"run{run}"
+        p, steps = start(out)
+        p.join(rng.uniform(.1, .9) * seconds if kills < times else None)
+        if p.is_alive():
+            os.kill(p.pid, sig)
+            p.join()
+            kills += p.exitcode != 0
+            writing += any(out.glob(".*.tmp"))
+            last = read_file(out / "last.pt") if (out / "last.pt").exists() else dict(epoch=0, batch=0)
+            places.add((last["epoch"], last["batch"]))
+            if sig == signal.SIGTERM and p.exitcode == 128 + sig and steps.value: assert last["epoch"] * 10 + last["batch"] >= steps.value
+        else: assert p.exitcode == 0
+        if (out / "result.json").exists():
+            assert_same_run(tmp_path / "whole", out)
+            run += 1
+    assert run >= 2 and len(places) > 5
+    print(f"{kills} times in {run} runs, {writing} while a file was being written; checkpoints found: {sorted(places)}")
+    if sig == signal.SIGKILL: assert writing
+
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node"]
+
+
+def torchrun(n, *args, **kw):
+    env = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
+    return subprocess.Popen([*TORCHRUN, str(n), "--master_port", str(free_port()), *map(str, args)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kw)
+
+
+TWENTY = """
+import sys, torch
+torch.set_default_dtype(torch.float64)
+from convnext_nb import data, train
+from torch import distributed as dist
+real = data.Loader.finisher
+def doubles(self):
+    finish = real(self)
+    def wider(b, x, i):
+        x, y = finish(b, x, i)
+        order.append(i[len(i) - len(x):].tolist())
+        return x.double(), y.double() if y.is_floating_point() else y
+    return wider
+data.Loader.finisher, order = doubles, []
+with train.processes("cpu") as device:
+    cfg = train.TrainConfig(device="cpu", batch_size=32, mixup=.8, cutmix=1., random_erasing=.25, grad_accum_steps=int(sys.argv[2]), clip_grad=1., **eval(sys.argv[3]))
+    train_dl, val_dl, _ = data.create_loaders(cfg)
+    run = train.Run(cfg, train_dl.info, len(train_dl), device)
+    def stop(steps):
+        if run.batch == 20: raise StopIteration
+    try: train.train_epoch(run, train_dl, stop)
+    except StopIteration: pass
+    result = train.evaluate(run.model, val_dl)
+    torch.save(dict(model=run.model.state_dict(), ema=run.ema.module.state_dict(), order=order[:20], result=result, strides=[p.grad is None for p in run.model.parameters()]),
+               f"{sys.argv[1]}/{run.world}_{run.rank}.pt")
+"""
+
+
+@pytest.mark.parametrize("parts, kw", [(1, "{}"), (2, "dict(optimizer='muon')")], ids=["adamw", "muon, two parts"])
+def test_two_processes_learn_what_one_learns(tmp_path, parts, kw):
+    "Twenty steps in float64, everything switched on: parameters, their average, the order of the images, the evaluation."
+    (tmp_path / "twenty.py").write_text(TWENTY)
+    for n in (1, 2):
+        p = torchrun(n, tmp_path / "twenty.py", tmp_path, parts, kw)
+        _, err = p.communicate(timeout=300)
+        assert p.returncode == 0, err
+        assert "strides" not in err  # DDP's warning that gradients do not lie as its buckets do
+    one, *two = (torch.load(tmp_path / f"{name}.pt") for name in ("1_0", "2_0", "2_1"))
+    assert one["order"] == [a + b for a, b in zip(*(r["order"] for r in two))] and len(one["order"]) == 20
+    for rank in two:
+        for part in ("model", "ema"):
+            for k, v in one[part].items(): assert (v - rank[part][k]).norm() <= 1e-6 * v.norm(), k
+        assert rank["result"]["count"] == one["result"]["count"] == 144
+        assert rank["result"]["top1"] == one["result"]["top1"] and abs(rank["result"]["loss"] - one["result"]["loss"]) < 1e-6
+
+
+def test_torchrun(tmp_path):
+    "The command in two processes: one run folder; stopped in the middle and resumed; a killed process ends the run; mistakes are told."
+    small = ["-m", "convnext_nb.train", "--device", "cpu", "--image_size", 16, "--patch_size", 2, "--batch_size", 32, "--drop_path_rate", .1]
+    whole = torchrun(2, *small, "--epochs", 1, "--out", tmp_path / "whole")
+    out, err = whole.communicate(timeout=300)
+    assert whole.returncode == 0 and out.count("epoch 1/1") == out.count("test accuracy") == 1, err
+    assert "strides" not in err
+    assert sorted(p.name for p in (tmp_path / "whole").iterdir()) == ["best.safetensors", "config.json", "curves.png", "history.csv", "last.pt", "result.json"]
+
+    stopped = torchrun(2, *small, "--epochs", 1, "--checkpoint_steps", 5, "--out", tmp_path / "stopped")
+    while not (tmp_path / "stopped" / "last.pt").exists(): time.sleep(.05)
+    stopped.send_signal(signal.SIGTERM)
+    stopped.communicate(timeout=120)
+    assert stopped.returncode and 5 <= read_file(tmp_path / "stopped" / "last.pt")["batch"] <= 40
+    again = torchrun(2, *small, "--epochs", 1, "--resume", "--out", tmp_path / "stopped", "--checkpoint_steps", 5)
+    _, err = again.communicate(timeout=300)
+    assert again.returncode == 0, err
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+
+    killed = torchrun(2, *small, "--epochs", 50, "--checkpoint_steps", 5, "--out", tmp_path / "killed")
+    while not (tmp_path / "killed" / "last.pt").exists(): time.sleep(.05)
+    workers = subprocess.run(["ps", "-o", "pid=", "--ppid", str(killed.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    began = time.monotonic()
+    killed.communicate(timeout=120)
+    assert killed.returncode and time.monotonic() - began < 100 and not (tmp_path / "killed" / "result.json").exists()
+    assert read_file(tmp_path / "killed" / "last.pt")["batch"] >= 0
+
+    wrong = torchrun(2, *small, "--epochs", 1, "--out", tmp_path / "whole")
+    _, err = wrong.communicate(timeout=120)
+    assert wrong.returncode and "convnext-train: error: " in err and "already holds a run" in err
+
+
+def test_workers_survive_a_signal_and_random_numbers_do_too(tmp_path):
+    "Large images, decoded by workers: Ctrl-C reaches them too, and must not cost the step; resumed in mid-epoch, drop path goes on where it was."
+    root = tree(tmp_path / "large", dict(train=24, val=4), (80, 100))
+    args = ["--dataset", "imagefolder", "--data_dir", root, "--image_size", 96, "--batch_size", 4, "--epochs", 2, "--warmup_epochs", 0, "--num_workers", 2,
+            "--val_fraction", .2, "--device", "cpu", "--drop_path_rate", .3]
+    assert convnext_train(*args, "--out", tmp_path / "whole").returncode == 0
+    p = subprocess.Popen([*COMMAND, *map(str, args), "--checkpoint_steps", "3", "--out", tmp_path / "stopped"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not (tmp_path / "stopped" / "last.pt").exists(): time.sleep(.02)
+    os.killpg(p.pid, signal.SIGINT)
+    _, err = p.communicate(timeout=60)
+    assert p.returncode == 130 and "Traceback" not in err, err
+    assert 0 < read_file(tmp_path / "stopped" / "last.pt")["batch"] < 9
+    assert convnext_train("--out", tmp_path / "stopped", "--resume").returncode == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile on a CPU needs g++")
+def test_compiled_run_learns_the_same(tmp_path):
+    args = "--epochs 1 --warmup_epochs 0 --device cpu --image_size 16 --patch_size 2".split()
+    for name, more in (("plain", []), ("compiled", ["--compile"])):
+        p = convnext_train(*args, *more, "--out", tmp_path / name)
+        assert p.returncode == 0, p.stderr
+    a, b = (read_file(tmp_path / name / "last.pt") for name in ("plain", "compiled"))
+    assert abs(a["history"][0]["train_loss"] - b["history"][0]["train_loss"]) < .02 and a["model"].keys() == b["model"].keys()
+
+
+def test_eval_command(finished):
+    script = Path(sys.executable).with_name("convnext-eval")
+    command = [script] if script.exists() else [sys.executable, "-c", "from convnext_nb.train import main_eval; main_eval()"]
+    p = subprocess.run([*command, finished, "--device", "cpu"], capture_output=True, text=True)
+    assert p.returncode == 0, p.stderr
+    top1 = json.loads((finished / "result.json").read_text())["test_top1"]
+    assert p.stdout.startswith(f"top-1 {top1:.2%}")
+    for name in ("confusion.png", "errors.png"):
+        assert Image.open(finished / name).size[0] > 300
+        (finished / name).unlink()
 
 
 @pytest.mark.parametrize("limit_mb, name", [(1, "best.safetensors"), (20, "last.pt")])
@@ -282,3 +476,16 @@ def test_learns_real_cifar10(tmp_path):
                        "--val_fraction", 0, "--device", "cpu", "--out", tmp_path / "run")
     assert p.returncode == 0, p.stderr
     assert json.loads((tmp_path / "run" / "result.json").read_text())["test_top1"] > .48  # measured: .53
+
+    few, top1 = tmp_path / "few", {}  # a hundred other images of each class
+    for c in sorted(p.name for p in (real / "train").iterdir()):
+        (few / "train" / c).mkdir(parents=True)
+        for f in sorted((real / "train" / c).iterdir())[1:400:4]: (few / "train" / c / f.name).symlink_to(f)
+    (few / "test").symlink_to(real / "test")
+    for name, more in dict(scratch=[], tuned=["--weights", tmp_path / "run" / "best.safetensors", "--layer_decay", .7]).items():
+        p = convnext_train("--dataset", "imagefolder", "--data_dir", few, "--patch_size", 2, "--batch_size", 50, "--epochs", 3, "--lr", 1e-3, "--val_fraction", 0,
+                           "--device", "cpu", "--out", tmp_path / name, *more)
+        assert p.returncode == 0, p.stderr
+        top1[name] = json.loads((tmp_path / name / "result.json").read_text())["test_top1"]
+    print(top1)
+    assert top1["tuned"] > top1["scratch"] + .1
