@@ -334,8 +334,8 @@ class FileLoader(Loader):
             yield finish(b, *(t.to(self.device, non_blocking=True) for t in (x, i)))
 
 def keep_going(worker: int):
-    "In a worker: whoever interrupts a run means its main process, which may still want a batch."
-    for s in (signal.SIGINT, signal.SIGTERM): signal.signal(s, signal.SIG_IGN)
+    "In a worker: Ctrl-C reaches it too, but the main process decides, and may still want a batch."
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 class Keys:
     "Of a `FileLoader`'s batches: what it asks its workers for."

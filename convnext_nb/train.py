@@ -520,7 +520,7 @@ def _load_data(cfg):
     return loaders
 
 def _resume(folder, run):
-    "Go on from the newest checkpoint that can be read, if there is one."
+    "Go on from the newest checkpoint that can be read."
     paths = [p for p in (folder / "last.pt", folder / "previous.pt") if p.exists()]
     for path in paths:
         try: return load_checkpoint(path, run)
@@ -555,11 +555,12 @@ def train(
         done = folder / "result.json"
         if from_first(done.exists): return from_first(lambda: json.loads(done.read_text()))  # resumed, but there is nothing left to do
         train_dl, val_dl, test_dl = _load_data(cfg)
-        run = Run(cfg, train_dl.info, len(train_dl), device)
+        begun = from_first(lambda: (folder / "last.pt").exists() or (folder / "previous.pt").exists())
+        run = Run(replace(cfg, weights=None) if begun else cfg, train_dl.info, len(train_dl), device)
         from_first(_open_folder, folder, cfg)
-        _resume(folder, run)
+        if begun: _resume(folder, run)
         board, first = _board(folder, run), run.rank == 0
-        if first:
+        if first and not run.step:
             for advice in diagnose(cfg, train_dl.info, len(train_dl), count_params(run.model)): print(f"note: {advice}", flush=True)
         quiet = {} if "ipykernel" in sys.modules and first else dict(disable=None if first else True)
         bar = tqdm(total=cfg.epochs * len(train_dl) * cfg.batch_size, initial=run.step * cfg.batch_size, unit=" images", unit_scale=True, leave=False, **quiet)
@@ -689,7 +690,7 @@ def evaluate_run(
 ) -> dict:                      # as from `evaluate`
     "Evaluate the best weights of a run; leaves confusion.png and errors.png in its folder."
     folder, known = Path(run_dir), {f.name for f in fields(TrainConfig)}
-    cfg = TrainConfig(**{k: v for k, v in read_config(folder).items() if k in known} | overrides | dict(augment=False, mixup=0., cutmix=0., weights=None))
+    cfg = TrainConfig(**{k: v for k, v in read_config(folder).items() if k in known} | overrides | dict(augment=False, rand_augment=0., weights=None))
     loader = dict(zip(("train", "val", "test"), create_loaders(cfg)))[split]
     if loader is None: raise ValueError(f"{folder} was trained with val_fraction 0 and has no validation images; use --split test")
     loader.train = loader.mixing = False  # in order, none left out
