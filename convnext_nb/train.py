@@ -779,4 +779,8 @@ def main_eval(
     print(f"drawn: {folder}/confusion.png, {folder}/errors.png")
 
 # %% ../nbs/03_train.ipynb #4edbbaef
-if __name__ == "__main__" and __spec__: main()  # python -m, torchrun -m; in a notebook there is no __spec__
+if __name__ == "__main__" and __spec__:  # python -m, torchrun -m; in a notebook there is no __spec__
+    main()
+    if "RANK" in os.environ:  # DDP keeps gloo's threads alive, and they can abort a python that takes itself apart (pytorch/pytorch#179291)
+        for stream in (sys.stdout, sys.stderr): stream.flush()
+        os._exit(0)

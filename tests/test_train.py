@@ -187,7 +187,7 @@ def torchrun(n, *args, **kw):
 
 
 TWENTY = """
-import sys, torch
+import os, sys, torch
 torch.set_default_dtype(torch.float64)
 from convnext_nb import data, train
 from torch import distributed as dist
@@ -211,6 +211,7 @@ with train.processes("cpu") as device:
     result = train.evaluate(run.model, val_dl)
     torch.save(dict(model=run.model.state_dict(), ema=run.ema.module.state_dict(), order=order[:20], result=result, strides=[p.grad is None for p in run.model.parameters()]),
                f"{sys.argv[1]}/{run.world}_{run.rank}.pt")
+os._exit(0)  # as convnext_nb.train does after a run of several processes
 """
 
 
