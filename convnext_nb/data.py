@@ -56,6 +56,8 @@ class DataConfig:
     rand_augment: float = 0.        # RandAugment, two operations of this magnitude, 0 to 10; 0: none; the paper: 9
     random_erasing: float = 0.      # share of the training images that lose a random rectangle; the paper: .25
     cutout: int = 0                 # side in pixels of a square that every training image loses; 0: none
+    low_res: int | None = None      # side to which training images are shrunk in the first `low_res_epochs`; None: never
+    low_res_epochs: int = 0         # epochs that see small images: they cost less
     mixup: float = 0.               # alpha of mixup; 0: none; the paper: .8
     cutmix: float = 0.              # alpha of cutmix; 0: none; the paper: 1; with both, each batch gets one of the two
     crop_pct: float = .875          # large images, evaluation: the share of the side that the central crop keeps
@@ -137,9 +139,11 @@ class Loader:
         if self.train and cfg.random_erasing: boxes.append(erasing_boxes(n, side, cfg.random_erasing, self.random(1)))
         if self.train and cfg.cutout: boxes.append(cutout_boxes(n, side, cfg.cutout, self.random(2)))
         boxes = [box.to(self.device) for box in boxes]
+        small = self.train and cfg.low_res and self.epoch < cfg.low_res_epochs
         def finish(b, x, i):
             x, y = (x.float() - self.mean) / self.std, self.labels[i]
             for box in boxes: x = erase(x, box[:, i])
+            if small: x = torch.nn.functional.interpolate(x, size=cfg.low_res, mode="bilinear", antialias=True)
             return mix(x, y, self.info, cfg, mix_seed(cfg.seed, self.epoch, b, 2)) if self.mixing else (x, y)
         return finish
 
@@ -251,9 +255,10 @@ class MemoryLoader(Loader):
         if cfg.alternate_flip:
             always = torch.Generator().manual_seed(mix_seed(cfg.seed))  # of no epoch
             flip = (torch.rand(n, 1, generator=always) < .5) ^ bool(self.epoch % 2)
+        shift, flip = shift.to(self.device), flip.to(self.device)
         rows, cols = crop_index(shift[0], side), crop_index(shift[1], side)
         if self.train and cfg.augment and self.info.hflip: cols = torch.where(flip, cols.flip(1), cols)
-        return rows.to(self.device), cols.to(self.device)
+        return rows, cols
 
     def __iter__(self):
         rows, cols = self.crops()

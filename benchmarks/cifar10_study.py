@@ -1,0 +1,173 @@
+"""What makes a ConvNeXt learn 32x32 images: one change at a time, to the stock network and to ours, with several seeds.
+
+    python benchmarks/cifar10_study.py --data_dir TREE                            a CPU: a quarter of the images, four epochs
+    python benchmarks/cifar10_study.py --data_dir TREE --fraction 1 --epochs 20   a GPU
+
+Accuracy is that on 5,000 training images held out for validation; the test images are not read. Runs that the result already holds are
+not done again: a study that was stopped goes on. Writes benchmarks/results/<name>.json and <name>.png.
+"""
+import argparse
+import json
+import os
+import statistics
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
+from functools import cache
+from multiprocessing import get_context
+
+import matplotlib.pyplot as plt
+import torch
+from common import RESULTS, environment, write
+
+from convnext_nb.data import DataConfig, MemoryLoader, hold_out, pick_device, read_parts, stratified_split
+from convnext_nb.model import count_macs, count_params
+from convnext_nb.train import Run, TrainConfig, evaluate, train_epoch
+
+SHARED = dict(batch_size=128, lr=4e-3)
+STOCK = dict(model="convnext_atto", patch_size=4, ls_init_value=1e-6, init_std=.02, ema_decay=0.)  # the paper's network and start
+OURS = dict(depths="2,4,2", dims="48,96,192", kernel_size=3, patch_size=2, ls_init_value=1., optimizer="muon", lr=8e-3, ema_decay=.99)
+CHANGES = {  # of the stock network, and of ours: each alone
+    "stock": {
+        "stock: 4x4 stem, 4 stages, 7x7": {},
+        "stem 2x2": dict(patch_size=2),
+        "stem 1x1, half the channels": dict(patch_size=1, dims="20,40,80,160"),
+        "3 stages": dict(depths="2,4,2", dims="48,96,192"),
+        "kernels 3x3": dict(kernel_size=3),
+        "LayerScale from 1": dict(ls_init_value=1.),
+        "first weights 1/sqrt(fan-in)": dict(init_std=None),
+        "learning rate 1e-3": dict(lr=1e-3),
+        "average of weights, .99": dict(ema_decay=.99),
+        "Muon": dict(optimizer="muon"),
+        "Muon, learning rate 8e-3": dict(optimizer="muon", lr=8e-3),
+        "drop path .1": dict(drop_path_rate=.1),
+        "mixup .8 and cutmix 1": dict(mixup=.8, cutmix=1.),
+        "cutout 8": dict(cutout=8),
+        "alternating flips": dict(alternate_flip=True),
+    },
+    "ours": {
+        "ours: 2x2 stem, 3 stages, 3x3, Muon": {},
+        "stem 4x4": dict(patch_size=4),
+        "stem 1x1, half the channels": dict(patch_size=1, dims="24,48,96"),
+        "4 stages": dict(depths="2,2,6,2", dims="40,80,160,320"),
+        "kernels 5x5": dict(kernel_size=5),
+        "kernels 7x7": dict(kernel_size=7),
+        "LayerScale from 1e-6": dict(ls_init_value=1e-6),
+        "no LayerScale": dict(ls_init_value=None),
+        "first weights .02": dict(init_std=.02),
+        "AdamW, learning rate 4e-3": dict(optimizer="adamw", lr=4e-3),
+        "Muon, learning rate 4e-3": dict(lr=4e-3),
+        "Muon, learning rate 16e-3": dict(lr=16e-3),
+        "no average of weights": dict(ema_decay=0.),
+        "average of weights, .999": dict(ema_decay=.999),
+        "drop path .1": dict(drop_path_rate=.1),
+        "mixup .8 and cutmix 1": dict(mixup=.8, cutmix=1.),
+        "cutout 8": dict(cutout=8),
+        "alternating flips": dict(alternate_flip=True),
+        "24 pixels in the first half": dict(low_res=24, low_res_epochs="half"),
+    },
+}
+
+
+@cache
+def images(data, data_dir, fraction):
+    "The part of the training images that is trained on, those held out, and the facts."
+    torch.set_num_threads(1)
+    cfg = DataConfig(data, data_dir, seed=0)  # the same split for every seed of a run
+    parts, info = read_parts(cfg)
+    parts = hold_out(parts, cfg)
+    x, y = parts["train"]
+    if fraction < 1: x, y = (t[stratified_split(y, 1 - fraction, 0)[0]] for t in (x, y))
+    return (x, y), parts["val"], info
+
+
+def one(start, change, seed, a):
+    "Train one network; its validation accuracy, plain and with test-time augmentation, and its cost."
+    values = SHARED | dict(stock=STOCK, ours=OURS)[start] | CHANGES[start][change]
+    if values.get("low_res_epochs") == "half": values["low_res_epochs"] = a.epochs // 2
+    cfg = TrainConfig(**values, epochs=a.epochs, seed=seed, device=a.device, amp_dtype=a.amp_dtype, cuda_graph=a.device != "cpu")
+    (x, y), (val_x, val_y), info = images("imagefolder" if a.data_dir else "cifar10", a.data_dir or "data", a.fraction)
+    train_dl = MemoryLoader(torch.from_numpy(x), y, info, cfg, train=True)
+    val_dl = MemoryLoader(torch.from_numpy(val_x), val_y, info, replace(cfg, batch_size=min(500, len(val_y))))
+    run, clock = Run(cfg, info, len(train_dl), pick_device(a.device)), time.perf_counter()
+    while run.epoch < cfg.epochs:
+        train_epoch(run, train_dl)
+        run.epoch, run.batch = run.epoch + 1, 0
+    seconds = time.perf_counter() - clock
+    plain, tta = (evaluate(run.result, val_dl, run.dtype, tta=t)["top1"] for t in (False, True))
+    return dict(start=start, change=change, seed=seed, val_top1=plain, val_top1_tta=tta, seconds=seconds, values=values,
+                macs=count_macs(run.model, (info.in_chans, info.image_size, info.image_size)), params=count_params(run.model))
+
+
+def summarize(runs):
+    "Mean and spread of each change, and its difference from where it starts, over the seeds that both have."
+    summary = []
+    for start, changes in CHANGES.items():
+        plain = {r["seed"]: r["val_top1"] for r in runs if r["start"] == start and r["change"] == next(iter(changes))}
+        for change in changes:
+            rows = [r for r in runs if (r["start"], r["change"]) == (start, change)]
+            if not rows: continue
+            top1, deltas = [r["val_top1"] for r in rows], [r["val_top1"] - plain[r["seed"]] for r in rows if r["seed"] in plain]
+            summary.append(dict(start=start, change=change, seeds=len(rows), val_top1=statistics.mean(top1), spread=max(top1) - min(top1),
+                                delta=statistics.mean(deltas) if deltas else None, val_top1_tta=statistics.mean(r["val_top1_tta"] for r in rows),
+                                macs=rows[0]["macs"], params=rows[0]["params"]))
+    return summary
+
+
+def draw(summary, runs, path):
+    "A point for each seed and a bar for the mean, for both starts."
+    fig, axes = plt.subplots(1, 2, figsize=(11, 5.4), layout="constrained")
+    for ax, start in zip(axes, CHANGES):
+        rows = [s for s in summary if s["start"] == start]
+        if not rows: continue
+        ax.barh(range(len(rows)), [s["val_top1"] for s in rows], color=["C7", *["C0"] * (len(rows) - 1)], alpha=.45)
+        for i, s in enumerate(rows):
+            ax.plot([r["val_top1"] for r in runs if (r["start"], r["change"]) == (start, s["change"])], [i] * s["seeds"], "k.", ms=4)
+        ax.axvline(rows[0]["val_top1"], color="k", lw=.8)
+        ax.set_yticks(range(len(rows)), [s["change"] for s in rows])
+        ax.invert_yaxis()
+        ax.set(xlim=(min(s["val_top1"] for s in rows) - .05, max(s["val_top1"] for s in rows) + .02), xlabel="validation accuracy",
+               title=f"one change to {'the stock network' if start == 'stock' else 'our network'}")
+        ax.grid(alpha=.3, axis="x")
+    fig.savefig(path, dpi=110)
+
+
+def main():
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap.add_argument("--data_dir", help="imagefolder tree; without it torchvision downloads into ./data")
+    ap.add_argument("--fraction", type=float, default=.25, help="share of the training images (default: .25)")
+    ap.add_argument("--epochs", type=int, default=4)
+    ap.add_argument("--seeds", type=int, default=3, help="number of seeds, from 0")
+    ap.add_argument("--only", help="only changes whose name has this in it, and where they start")
+    ap.add_argument("--minutes", type=float, default=1e9, help="begin no run after so many")
+    ap.add_argument("--amp_dtype", default="bfloat16")
+    ap.add_argument("--device")
+    ap.add_argument("--name", help="of the result; default: cifar10_study_<device>")
+    a = ap.parse_args()
+    device, end = pick_device(a.device), time.monotonic() + 60 * a.minutes
+    a.device, name = device.type, a.name or f"cifar10_study_{device.type}"
+    where, path = environment(device), RESULTS / f"{name}.json"
+    if a.data_dir: where["command"] = where["command"].replace(a.data_dir, "TREE")
+    how = dict(fraction=a.fraction, epochs=a.epochs, amp_dtype=a.amp_dtype, shared=SHARED, stock=STOCK, ours=OURS)
+    old = json.loads(path.read_text()) if path.exists() else {}
+    runs = old["runs"] if old.get("how") == how else []  # another study is begun anew
+    done = {(r["start"], r["change"], r["seed"]) for r in runs}
+    todo = [(start, change, seed) for seed in range(a.seeds) for start, changes in CHANGES.items() for i, change in enumerate(changes)
+            if (start, change, seed) not in done and (not a.only or i == 0 or a.only in change)]
+    jobs = len(os.sched_getaffinity(0)) if device.type == "cpu" else 1
+    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:  # on a CPU, as many runs at once as there are cores, one thread each
+        waiting = set()
+        while todo or waiting:
+            while todo and len(waiting) < jobs and time.monotonic() < end: waiting.add(pool.submit(one, *todo.pop(0), a))
+            if not waiting: break
+            first = next(as_completed(waiting))
+            waiting.remove(first)
+            runs.append(first.result())
+            r, summary = runs[-1], summarize(runs)
+            write(name, **where, how=how, summary=summary, runs=runs)  # after each run: what is stopped keeps what it has
+            print(f"seed {r['seed']}  {r['start']:5}  {r['change']:36} {r['val_top1']:.2%}  with test-time augmentation {r['val_top1_tta']:.2%}", flush=True)
+    if runs: draw(summarize(runs), runs, RESULTS / f"{name}.png")
+    print(path)
+
+
+if __name__ == "__main__": main()
