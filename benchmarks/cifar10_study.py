@@ -162,7 +162,7 @@ def main():
             if not waiting: break
             first = next(as_completed(waiting))
             waiting.remove(first)
-            runs.append(first.result())
+            runs.append(first.result() | dict(commit=where["commit"]))
             r, summary = runs[-1], summarize(runs)
             write(name, **where, how=how, summary=summary, runs=runs)  # after each run: what is stopped keeps what it has
             print(f"seed {r['seed']}  {r['start']:5}  {r['change']:36} {r['val_top1']:.2%}  with test-time augmentation {r['val_top1_tta']:.2%}", flush=True)

@@ -4,8 +4,12 @@
     bench   convnext_tiny beside timm, torchvision and Meta's layout: benchmarks/throughput.py
     compile the same under torch.compile
     data    batches from memory beside torchvision's, and how long a training step waits: benchmarks/data.py
-    cifar   CIFAR-10 from scratch at full scale: benchmarks/cifar10.py, three seeds
+    cifar   CIFAR-10 from scratch at full scale: benchmarks/cifar10.py, the presets cifar10-fast and cifar10 with eight seeds each
+    best    the preset cifar10-best, three seeds, one or more at a time
+    study   one change at a time: benchmarks/cifar10_study.py, at full scale
     all     one after the other
+
+cifar, best and study go on where their result stops: call them again until they have nothing left to do.
 
 It uses the Python that runs it and installs nothing. CIFAR-10 comes from the imagefolder tree that CONVNEXT_NB_CIFAR10 names, or is downloaded.
 Further arguments go to the stage's scripts; `--device cpu` with small values tries one out where there is no GPU.
@@ -20,13 +24,17 @@ ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 540  # seconds, for each stage
 
 tree = os.environ.get("CONVNEXT_NB_CIFAR10")
+data = ["--data_dir", tree] if tree else []
 STAGES = {
     "test": [[sys.executable, "-c", "from nbdev.test import nbdev_test; nbdev_test(flags='cuda', n_workers=1)"],
              [sys.executable, "-m", "pytest", "-q", "-ra", "tests"]],
     "bench": [[sys.executable, "benchmarks/throughput.py", "--dtypes", "bfloat16"]],
     "compile": [[sys.executable, "benchmarks/throughput.py", "--dtypes", "bfloat16", "--formats", "channels_last", "--compile"]],
     "data": [[sys.executable, "benchmarks/data.py", "--batch_size", "512"]],
-    "cifar": [[sys.executable, "benchmarks/cifar10.py", "--epochs", "30", "--seeds", "3", *(["--data_dir", tree] if tree else [])]],
+    "cifar": [[sys.executable, "benchmarks/cifar10.py", "--presets", "cifar10-fast", "--seeds", "8", "--compiled", "--stock", "--minutes", "5", *data],
+              [sys.executable, "benchmarks/cifar10.py", "--presets", "cifar10", "--seeds", "8", "--compiled", "--minutes", "3.5", *data]],
+    "best": [[sys.executable, "benchmarks/cifar10.py", "--presets", "cifar10-best", "--seeds", "3", "--minutes", "8.5", *data]],
+    "study": [[sys.executable, "benchmarks/cifar10_study.py", "--fraction", "1", "--epochs", "20", "--minutes", "8", *data]],
 }
 
 

@@ -90,9 +90,15 @@ class TrainConfig(DataConfig):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; give a number for each stage, such as 2,4,2")
 
 # %% ../nbs/03_train.ipynb #5a870c23
+_CIFAR = dict(depths="2,4,2", dims="64,128,256", kernel_size=3, patch_size=2, optimizer="muon", lr=8e-3, batch_size=128,
+              ema_decay=.99, alternate_flip=True, cuda_graph=True)
+
 PRESETS = {
     "digits": {},
-    "cifar10": dict(dataset="cifar10", batch_size=128, epochs=30, warmup_epochs=7.5, ema_decay=.999),
+    "cifar10-fast": dict(dataset="cifar10", epochs=16) | _CIFAR,
+    "cifar10": dict(dataset="cifar10", epochs=50, cutout=8) | _CIFAR | dict(dims="96,192,384", ema_decay=.999),
+    "cifar10-best": dict(dataset="cifar10", epochs=120, mixup=.8, cutmix=1., drop_path_rate=.1) | _CIFAR
+                    | dict(patch_size=1, depths="2,6,2", dims="96,192,384", ema_decay=.999),
     "imagenet1k": dict(
         dataset="imagefolder", image_size=224, val_fraction=0., rand_augment=9., random_erasing=.25, mixup=.8, cutmix=1.,
         model="convnext_tiny", drop_path_rate=.1, ls_init_value=1e-6, init_std=.02,

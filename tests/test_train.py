@@ -432,17 +432,28 @@ def test_damaged_download_is_refused(server, tmp_path):
 
 
 def test_benchmark_and_gpu_stage_run_on_the_cpu(tmp_path):
-    env = os.environ | {"CONVNEXT_NB_CIFAR10": str(tree(tmp_path, dict(train=80, test=10), (32, 32), classes=list("abcdefghij")[:4]))}
+    env = os.environ | {"TORCH_COMPILE_DISABLE": "1", "CONVNEXT_NB_CIFAR10": str(tree(tmp_path, dict(train=80, test=10), (32, 32), classes=list("abcdefghij")[:4]))}
     extra = ["--device", "cpu", "--epochs", "1", "--seeds", "1", "--name", f"try_{os.getpid()}"]
     results = ROOT / "benchmarks" / "results"
-    try:
-        p = subprocess.run([sys.executable, "benchmarks/gpu.py", "cifar", *extra], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    def stage(*options):
+        p = subprocess.run([sys.executable, "benchmarks/gpu.py", *options, *extra], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
         assert p.returncode == 0, p.stderr
-        result = json.loads((results / f"{extra[-1]}.json").read_text())
-        assert set(result["summary"]) == {"patch_size=2", "patch_size=4"} and result["torch"] == torch.__version__
         assert (results / f"{extra[-1]}.png").exists()
+        return json.loads((results / f"{extra[-1]}.json").read_text()), p.stdout
+    try:
+        r, _ = stage("cifar", "--dims", "8,16,32", "--batch_size", "16", "--warmup_epochs", "0", "--low_res_epochs", "0", "--ema_decay", ".9")
+        assert list(r["summary"]) == ["cifar10-fast", "cifar10-fast, compiled", "stock, in the time of cifar10-fast", "cifar10", "cifar10, compiled"]
+        assert r["torch"] == torch.__version__ and all(0 <= s["test_top1"] <= 1 and 0 <= s["test_top1_tta"] <= 1 and s["total_seconds"] > s["seconds"] for s in r["summary"].values())
+        assert r["runs"][1]["config"]["compile"] and (results / f"{extra[-1]}_errors.png").exists()
+        again, said = stage("best", "--dims", "8,16,32", "--depths", "1,1,1", "--batch_size", "16", "--warmup_epochs", "0", "--low_res_epochs", "0", "--ema_decay", ".9")
+        assert list(again["summary"]) == [*r["summary"], "cifar10-best"] and again["runs"][:5] == r["runs"]  # it went on
+        (results / f"{extra[-1]}.json").unlink()
+        study = lambda minutes: stage("study", "--only", "kernels 3x3", "--minutes", minutes)
+        r, said = study("9")
+        assert {(s["start"], s["change"][:5], s["seeds"]) for s in r["summary"]} == {("stock", "stock", 1), ("stock", "kerne", 1), ("ours", "ours:", 1)}
+        assert study("0")[0]["runs"] == r["runs"]  # nothing left to do
     finally:
-        for path in results.glob(f"{extra[-1]}.*"): path.unlink()
+        for path in results.glob(f"{extra[-1]}*"): path.unlink()
     small = ["--model", "convnext_atto", "--image_size", "32", "--batch_size", "2", "--rounds", "3"]
     try:
         p = subprocess.run([sys.executable, "benchmarks/throughput.py", *small, "--device", "cpu", *extra[-2:]], cwd=ROOT, capture_output=True, text=True, timeout=300)
