@@ -59,7 +59,6 @@ CHANGES = {  # of the stock network, and of ours: each alone
         "Muon, learning rate 4e-3": dict(lr=4e-3),
         "Muon, learning rate 16e-3": dict(lr=16e-3),
         "no average of weights": dict(ema_decay=0.),
-        "average of weights, .999": dict(ema_decay=.999),
         "drop path .1": dict(drop_path_rate=.1),
         "mixup .8 and cutmix 1": dict(mixup=.8, cutmix=1.),
         "cutout 8": dict(cutout=8),

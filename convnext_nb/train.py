@@ -21,6 +21,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
@@ -109,6 +110,7 @@ PRESETS = {
         epochs=30, batch_size=512, lr=5e-5, warmup_epochs=0., weight_decay=1e-8, layer_decay=.7, ema_decay=0., checkpoint_steps=500),
 }
 
+# %% ../nbs/03_train.ipynb #970216a7
 def preset(
     name: str,      # one of `PRESETS`
     **overrides,    # fields of `TrainConfig`
@@ -181,7 +183,7 @@ def make_optimizers(
     "AdamW, or Muon for the MLPs' matrices and AdamW for the rest."
     device = next(model.parameters()).device
     groups = [g | dict(lr=torch.tensor(cfg.lr, device=device)) for g in param_groups(model, cfg.weight_decay, cfg.layer_decay)]
-    def adamw(groups): return torch.optim.AdamW(groups, lr=cfg.lr, fused=True, capturable=device.type == "cuda")
+    def adamw(groups): return torch.optim.AdamW(groups, lr=cfg.lr, fused=True, capturable=cfg.cuda_graph and device.type == "cuda")
     if cfg.optimizer == "adamw": return [adamw(groups)]
     mlp = {id(p) for n, p in model.named_parameters() if re.search(r"mlp\.fc\d\.weight$", n)}
     def part(inside): return [g | dict(params=p) for g in groups if (p := [p for p in g["params"] if (id(p) in mlp) == inside])]
@@ -284,6 +286,7 @@ def train_step(
     if run.ema: run.ema.n_averaged += 1
     return run.update(run, x, y)
 
+# %% ../nbs/03_train.ipynb #aee7bb54
 def update(run: Run, x, y):
     "`train_step` without the schedule: work for the device alone."
     cfg, loss, right = run.cfg, 0, 0
@@ -307,6 +310,7 @@ def update(run: Run, x, y):
     if run.ema: average(run.ema.module, run.model, run.keep)
     return torch.stack([loss, right / len(y), norm])
 
+# %% ../nbs/03_train.ipynb #cbc8d1b0
 @torch.no_grad()
 def average(old: nn.Module, new: nn.Module, keep: torch.Tensor):
     "Move the weights of `old` towards those of `new`; it keeps the share `keep`."
@@ -331,7 +335,9 @@ class Recorded:
             at[2] += 1
             here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
             aside.wait_stream(here)
-            with torch.cuda.stream(aside): values = self.update(run, *at[:2])
+            with torch.cuda.stream(aside), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # AdamW is ready to be recorded, and says that this is not a recording
+                values = self.update(run, *at[:2])
             here.wait_stream(aside)
             return values
         if at[3] is None:
@@ -363,6 +369,7 @@ def train_epoch(
             steps, values = len(values), []
             watch(steps)
 
+# %% ../nbs/03_train.ipynb #f09d1b58
 def check_finite(
     run: Run,
     values: list,     # of the last steps: loss, accuracy, gradient norm
@@ -386,6 +393,7 @@ def views(
     shifted = [x, wide[:, :, 2:, 2:], wide[:, :, :-2, :-2]]
     return shifted + [v.flip(3) for v in shifted] * hflip
 
+# %% ../nbs/03_train.ipynb #cb86f596
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
@@ -424,6 +432,7 @@ def set_random_state(state: dict, device):
     torch.set_rng_state(state["torch"])
     if device.type == "cuda" and state["cuda"] is not None: torch.cuda.set_rng_state(state["cuda"], device)
 
+# %% ../nbs/03_train.ipynb #bb9cdd34
 PROGRESS = ("epoch", "batch", "skipped", "seconds", "history")
 
 def save_checkpoint(path, run: Run):
@@ -443,6 +452,7 @@ def save_checkpoint(path, run: Run):
         if Path(path).exists(): os.replace(path, Path(path).with_name("previous.pt"))
     atomic_write(path, write)
 
+# %% ../nbs/03_train.ipynb #934c99a1
 def load_checkpoint(path, run: Run):
     "Put a run's state back; a file that is cut short, or of another model, is told in one line and changes nothing."
     state = read_file(path)
@@ -499,6 +509,7 @@ def run_folder(
     if odd: raise ValueError(f"{run} was started with another configuration: {'; '.join(odd[:3])}; use the same, or another --out")
     return run
 
+# %% ../nbs/03_train.ipynb #ef504764
 MAY_CHANGE = {"out", "resume", "data_dir", "num_workers", "device", "checkpoint_steps", "tensorboard"}  # these change no weight
 
 def read_config(folder) -> dict:
@@ -527,6 +538,7 @@ def plot_history(
     plt.close(fig)
     return fig
 
+# %% ../nbs/03_train.ipynb #cd7a061a
 def live_curves():  # for train's after_epoch
     "Show the curves of a run in a notebook, and renew them."
     from IPython.display import display
@@ -554,6 +566,7 @@ def processes(name: str | None):
     yield device
     dist.destroy_process_group()
 
+# %% ../nbs/03_train.ipynb #8f521e91
 def from_first(f, *args):
     "`f(*args)` in the first process; its value, or its error, in all."
     rank, world = process_of()
@@ -590,6 +603,7 @@ def _report(folder, run, board):
         print(f"epoch {r['epoch']:{len(str(run.cfg.epochs))}}/{run.cfg.epochs}  train loss {r['train_loss']:.3f} top-1 {r['train_top1']:6.2%}{val}"
               f"  {r['images_per_s']:,.0f} images/s", flush=True)
 
+# %% ../nbs/03_train.ipynb #575632b3
 def _board(folder, run):
     "TensorBoard's writer, in the first process, if it was asked for."
     if not run.cfg.tensorboard or run.rank: return None
@@ -605,6 +619,7 @@ def _load_data(cfg):
     if process_of()[1] > 1 and not waits: dist.barrier()
     return loaders
 
+# %% ../nbs/03_train.ipynb #5d9c8446
 def _resume(folder, run):
     "Go on from the newest checkpoint that can be read."
     paths = [p for p in (folder / "last.pt", folder / "previous.pt") if p.exists()]
@@ -630,7 +645,7 @@ def _mean(sums):
     dist.all_reduce(sums := sums.clone())
     return sums / dist.get_world_size()
 
-# %% ../nbs/03_train.ipynb #575632b3
+# %% ../nbs/03_train.ipynb #6a26d296
 def train(
     cfg: TrainConfig,
     after_epoch=None,   # called with the run folder after each epoch, in the first process
@@ -686,6 +701,7 @@ def train(
             if board: board.close()
         return from_first(_finish, folder, run, val_dl, test)
 
+# %% ../nbs/03_train.ipynb #05b519cf
 def _open_folder(folder, cfg):
     "The configuration; and no debris of a process that was killed while it wrote."
     folder.mkdir(parents=True, exist_ok=True)
@@ -734,6 +750,7 @@ def confused_pairs(probs, labels, classes, most: int = 10) -> list:
     order = counts.argsort(descending=True, stable=True)[:most]
     return [(classes[pairs[0, i]], classes[pairs[1, i]], counts[i].item()) for i in order]
 
+# %% ../nbs/03_train.ipynb #6ce4bb27
 def plot_confusion(probs, labels, classes, most: int = 20):  # a matplotlib Figure
     "How often each class is taken for each; of many classes, the ones with most errors."
     import matplotlib.pyplot as plt
@@ -748,6 +765,7 @@ def plot_confusion(probs, labels, classes, most: int = 20):  # a matplotlib Figu
     plt.close(fig)
     return fig
 
+# %% ../nbs/03_train.ipynb #ae0d289d
 def plot_errors(probs, labels, loader, most: int = 16):  # a matplotlib Figure
     "The images that are wrong with the most confidence."
     import matplotlib.pyplot as plt
@@ -809,6 +827,7 @@ def make_parser() -> ArgumentParser:
         group.add_argument(f"--{f.name}", default=SUPPRESS, help=f"{docs.get(f.name, '').replace('%', '%%')} (default: {f.default})", **how)
     return parser
 
+# %% ../nbs/03_train.ipynb #89586078
 def config_of_options(given: dict) -> TrainConfig:
     "What the command line says, over the configuration of the run that it resumes, or over its preset."
     given = dict(given)
@@ -831,6 +850,7 @@ def one_line(parser: ArgumentParser):
         if dist.is_initialized() and re.search("onnection|NCCL|peer", str(e)): parser.error(f"another process of the run is gone: {str(e).splitlines()[0]}")
         raise
 
+# %% ../nbs/03_train.ipynb #0010422e
 def main(
     argv: list | None = None,   # None: the process's own
 ):
@@ -847,6 +867,7 @@ def main(
         except KeyboardInterrupt: parser.exit(130, "\nconvnext-train: stopped\n")
     if os.environ.get("RANK", "0") == "0": print(f"test accuracy {result['test_top1']:.2%} after {result['epochs']} epochs; run folder: {cfg.out}")
 
+# %% ../nbs/03_train.ipynb #3970f3fc
 def main_eval(
     argv: list | None = None,   # None: the process's own
 ):
