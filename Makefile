@@ -30,7 +30,7 @@ train: $(VENV)/.installed  ## train on the embedded digits; ARGS="--dataset cifa
 # Two notebooks at a time on two cores would fight for them: each worker gets one thread.
 test: $(VENV)/.installed-dev  ## run every notebook, then pytest
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --timing
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -q -ra tests
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -q -ra -o tmp_path_retention_policy=failed tests
 
 export: $(VENV)/.installed-dev  ## notebooks -> package and README; badges from settings.ini
 	$(BIN)/python nbs/_book.py

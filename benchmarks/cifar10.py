@@ -12,7 +12,6 @@ Runs that the result already holds are not done again. Writes benchmarks/results
 import argparse
 import csv
 import json
-import shutil
 import statistics
 import tempfile
 import time
@@ -88,7 +87,7 @@ def main():
     given.pop("preset")
     device, begun = pick_device(a.device), time.monotonic()
     name = a.name or f"cifar10_{device.type}"
-    where, path, folder = environment(device), RESULTS / f"{name}.json", Path(tempfile.mkdtemp())
+    where, path, scratch = environment(device), RESULTS / f"{name}.json", tempfile.TemporaryDirectory()
     if a.data_dir: where["command"] = where["command"].replace(a.data_dir, "TREE")
     data = dict(dataset="imagefolder", data_dir=a.data_dir) if a.data_dir else dict(dataset="cifar10")
     runs = json.loads(path.read_text()).get("runs", []) if path.exists() else []
@@ -103,7 +102,7 @@ def main():
         if time.monotonic() - begun + last > 60 * a.minutes: return print(f"no time left for {label}, seed {cfg.seed}")
         runs[:] = [r for r in runs if r["label"] != label or {**r["config"], "seed": 0} == {**config, "seed": 0}]  # of another recipe
         print(f"{label}, seed {cfg.seed}", flush=True)
-        r = one(replace(cfg, out=str(folder / f"{len(runs)}-{cfg.seed}-{time.monotonic_ns()}")), label, RESULTS / f"{name}_errors.png")
+        r = one(replace(cfg, out=str(Path(scratch.name) / f"{len(runs)}-{cfg.seed}-{time.monotonic_ns()}")), label, RESULTS / f"{name}_errors.png")
         runs.append(r | dict(commit=where["commit"]))
         write(name, **where, summary=summarize(runs), runs=runs)  # after each run: what is stopped keeps what it has
         print(f"{label}, seed {cfg.seed}: test {r['result']['test_top1']:.2%}, with augmentation {r['test_top1_tta']:.2%}, {r['result']['seconds']:.1f} s", flush=True)
@@ -119,12 +118,11 @@ def main():
             label = f"stock, in the time of {p}"
             epochs = next((r["config"]["epochs"] for r in runs if r["label"] == label), None)
             if epochs is None:  # how long does one epoch take?
-                probe = train(replace(stock, epochs=1, out=str(folder / f"probe-{p}")))
+                probe = train(replace(stock, epochs=1, out=str(Path(scratch.name) / f"probe-{p}")))
                 epochs = max(1, round(ours["result"]["seconds"] / probe["seconds"]))
             go(replace(stock, epochs=epochs), label)
     if runs: draw(runs, RESULTS / f"{name}.png")
     print(path)
-    shutil.rmtree(folder)
 
 
 if __name__ == "__main__": main()

@@ -56,6 +56,8 @@ CHANGES = {  # of the stock network, and of ours: each alone
         "no LayerScale": dict(ls_init_value=None),
         "first weights .02": dict(init_std=.02),
         "AdamW, learning rate 4e-3": dict(optimizer="adamw", lr=4e-3),
+        "AdamW, learning rate 8e-3": dict(optimizer="adamw"),
+        "AdamW, learning rate 2e-3": dict(optimizer="adamw", lr=2e-3),
         "Muon, learning rate 4e-3": dict(lr=4e-3),
         "Muon, learning rate 16e-3": dict(lr=16e-3),
         "no average of weights": dict(ema_decay=0.),
