@@ -12,6 +12,7 @@ Runs that the result already holds are not done again. Writes benchmarks/results
 import argparse
 import csv
 import json
+import shutil
 import statistics
 import tempfile
 import time
