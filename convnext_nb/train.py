@@ -27,6 +27,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
+from types import SimpleNamespace
 from typing import get_args, get_type_hints
 
 import numpy as np
@@ -259,7 +260,7 @@ class Run:
         self.dtype = getattr(torch, cfg.amp_dtype or ("bfloat16" if device.type == "cuda" else "float32"))
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.ema, self.keep = AveragedModel(self.model) if cfg.ema_decay else None, torch.zeros((), device=device)  # keep: the average's decay
-        if cfg.cuda_graph and (self.world > 1 or self.dtype == torch.float16): raise ValueError("cuda_graph is for one process, and not for float16; use --amp_dtype bfloat16")
+        if cfg.cuda_graph and (self.world > 1 or self.dtype == torch.float16): raise ValueError("cuda_graph works in one process and not with float16; use --no-cuda_graph")
         self.update = Recorded(update) if cfg.cuda_graph and device.type == "cuda" else update
         self.net = nn.parallel.DistributedDataParallel(self.model) if self.world > 1 else self.model
         if cfg.compile: self.net = torch.compile(self.net, dynamic=False)
@@ -328,23 +329,25 @@ class Recorded:
 
     def __call__(self, run, x, y):
         shape = (*x.shape, *y.shape)
-        if shape not in self.graphs: self.graphs[shape] = [torch.empty_like(x), torch.empty_like(y), 0, None, None]
+        if shape not in self.graphs:
+            self.graphs[shape] = SimpleNamespace(x=torch.empty_like(x), y=torch.empty_like(y), seen=0, graph=None, values=None)
         at = self.graphs[shape]
-        at[0].copy_(x), at[1].copy_(y)
-        if at[2] < self.warmup:
-            at[2] += 1
+        at.x.copy_(x), at.y.copy_(y)
+        if at.seen < self.warmup:
+            at.seen += 1
             here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
             aside.wait_stream(here)
             with torch.cuda.stream(aside), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # AdamW is ready to be recorded, and says that this is not a recording
-                values = self.update(run, *at[:2])
+                warnings.simplefilter("ignore")  # AdamW(capturable=True) warns outside of a recording
+                values = self.update(run, at.x, at.y)
             here.wait_stream(aside)
             return values
-        if at[3] is None:
-            at[3] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(at[3]): at[4] = self.update(run, *at[:2])  # recorded, not done
-        at[3].replay()
-        return at[4].clone()
+        if at.graph is None:
+            at.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(at.graph, capture_error_mode="thread_local"):  # other threads may go on with theirs: loaders pin memory
+                at.values = self.update(run, at.x, at.y)
+        at.graph.replay()
+        return at.values.clone()
 
 # %% ../nbs/03_train.ipynb #4a58fcce
 def train_epoch(
@@ -391,7 +394,7 @@ def views(
     "Test-time augmentation: the images, shifted by one pixel to the upper left and to the lower right, and their mirror images."
     wide = nn.functional.pad(x, (1, 1, 1, 1), mode="reflect")
     shifted = [x, wide[:, :, 2:, 2:], wide[:, :, :-2, :-2]]
-    return shifted + [v.flip(3) for v in shifted] * hflip
+    return shifted + ([v.flip(3) for v in shifted] if hflip else [])
 
 # %% ../nbs/03_train.ipynb #cb86f596
 @torch.no_grad()
@@ -732,14 +735,16 @@ def predict(
     model: nn.Module,
     loader,                 # yields images (B, C, H, W) and labels (B,)
     dtype=torch.float32,    # of autocast; float32: none
+    tta: bool = False,      # test-time augmentation: `views`, if `loader.info.hflip` with mirror images
 ) -> tuple:                 # probabilities (N, classes) and labels (N,), on the CPU
     "What the model thinks of all images of a loader, in their order."
     device, probs, labels = next(model.parameters()).device, [], []
     model.eval()
     for x, y in loader:
+        x = x.to(device, non_blocking=True, memory_format=torch.channels_last)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            logits = model(x.to(device, non_blocking=True, memory_format=torch.channels_last))
-        probs.append(logits.float().softmax(1).cpu())
+            logits = torch.stack([model(v).float() for v in (views(x, loader.info.hflip) if tta else [x])]).mean(0)
+        probs.append(logits.softmax(1).cpu())
         labels.append(y.cpu())
     return torch.cat(probs), torch.cat(labels)
 
@@ -802,7 +807,7 @@ def evaluate_run(
     device = pick_device(cfg.device)
     model = load_weights(build_model(cfg, loader.info), folder / "best.safetensors").to(device, memory_format=torch.channels_last)
     result = evaluate(model, loader, tta=tta)
-    probs, labels = predict(model, loader)
+    probs, labels = predict(model, loader, tta=tta)
     figures = {"confusion.png": plot_confusion(probs, labels, loader.info.classes), "errors.png": plot_errors(probs, labels, loader)}
     for name, fig in figures.items(): atomic_write(folder / name, lambda tmp: fig.savefig(tmp, format="png", dpi=100))
     return result | dict(confused=confused_pairs(probs, labels, loader.info.classes))
