@@ -21,7 +21,7 @@ from common import RESULTS, environment, fit, interval, pursue, write
 
 from convnext_nb.data import pick_device
 from convnext_nb.model import count_macs, count_params
-from convnext_nb.modernize import LADDER, before, gmacs, modernize
+from convnext_nb.modernize import LADDER, before, gmacs, modernize, values
 from convnext_nb.train import TrainConfig, evaluate
 
 RECIPE = dict(optimizer="adamw", lr=2e-3, batch_size=64, ema_decay=0.)  # no average of weights: it would not hold BatchNorm's statistics
@@ -32,7 +32,7 @@ def one(name, seed, a):
     "Train the network of a rung; its validation accuracy and its cost."
     cfg = TrainConfig(**RECIPE | dict(batch_size=a.batch_size, lr=a.lr), epochs=a.epochs, seed=seed, device=a.device, amp_dtype=a.amp_dtype, cuda_graph=a.device != "cpu")
     torch.manual_seed(seed)
-    model = modernize(name, a.scale, num_classes=10, patch_size=2)
+    model = modernize(name, a.scale, num_classes=10, patch_size=2, depths=tuple(round(a.depth * d) for d in values(name).get("depths", (3, 4, 6, 3))))
     run, val_dl, seconds = fit(cfg, a.data_dir, a.fraction, model)
     return dict(rung=name, seed=seed, val_top1=evaluate(run.model, val_dl, run.dtype)["top1"], train_top1=(run.sums[1] / run.step).item(),
                 seconds=seconds, macs=count_macs(model, (3, 32, 32)), params=count_params(model))
@@ -101,7 +101,8 @@ def speed(a, device):
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("--data_dir", help="imagefolder tree; without it torchvision downloads into ./data")
-    ap.add_argument("--scale", type=float, default=.125, help="factor on the width (default: .125)")
+    ap.add_argument("--scale", type=float, default=.25, help="factor on the width (default: .25)")
+    ap.add_argument("--depth", type=float, default=1 / 3, help="factor on the depths (default: 1/3)")
     ap.add_argument("--fraction", type=float, default=1., help="share of the training images (default: 1)")
     ap.add_argument("--epochs", type=int, default=2)
     ap.add_argument("--batch_size", type=int)
@@ -120,7 +121,7 @@ def main():
     if a.speed: return print(speed(a, device))
     a.device, a.batch_size, name = device.type, a.batch_size or RECIPE["batch_size"], a.name or f"ladder_{device.type}"
     names = [r.name for r in LADDER[START:] if not a.only or r.name in a.only]
-    how = dict(scale=a.scale, fraction=a.fraction, epochs=a.epochs, batch_size=a.batch_size, lr=a.lr, amp_dtype=a.amp_dtype, recipe=RECIPE)
+    how = dict(scale=a.scale, depth=a.depth, fraction=a.fraction, epochs=a.epochs, batch_size=a.batch_size, lr=a.lr, amp_dtype=a.amp_dtype, recipe=RECIPE)
     def tell(r): return f"seed {r['seed']}  {r['rung']:24} {r['val_top1']:.2%}  {r['macs'] / 1e6:6.2f} M MACs  {r['seconds']:5.0f} s"
     runs = pursue(a, name, how, ("rung", "seed"), [(n, s) for s in range(a.seeds) for n in names], one, summarize, tell)
     if runs: draw(summarize(runs), runs, RESULTS / f"{name}.png")
