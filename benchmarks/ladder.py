@@ -21,7 +21,7 @@ from common import RESULTS, environment, fit, interval, pursue, write
 
 from convnext_nb.data import pick_device
 from convnext_nb.model import count_macs, count_params
-from convnext_nb.modernize import LADDER, before, gmacs, modernize, values
+from convnext_nb.modernize import LADDER, before, design, gmacs, modernize
 from convnext_nb.train import TrainConfig, evaluate
 
 RECIPE = dict(optimizer="adamw", ema_decay=0.)  # no average of weights: it would not hold BatchNorm's statistics
@@ -32,7 +32,8 @@ def one(name, seed, a):
     "Train the network of a rung; its validation accuracy and its cost."
     cfg = TrainConfig(**RECIPE, batch_size=a.batch_size, lr=a.lr, epochs=a.epochs, seed=seed, device=a.device, amp_dtype=a.amp_dtype, cuda_graph=a.device != "cpu")
     torch.manual_seed(seed)
-    model = modernize(name, a.scale, num_classes=10, patch_size=2, depths=tuple(round(a.depth * d) for d in values(name).get("depths", (3, 4, 6, 3))))
+    depths = tuple(round(a.depth * d) for d in design(name).depths)
+    model = modernize(name, a.scale, num_classes=10, patch_size=2, depths=depths)
     run, val_dl, seconds = fit(cfg, a.data_dir, a.fraction, model)
     return dict(rung=name, seed=seed, val_top1=evaluate(run.model, val_dl, run.dtype)["top1"],
                 macs=count_macs(model, (3, 32, 32)), params=count_params(model), seconds=seconds)
@@ -103,7 +104,7 @@ def main():
     ap.add_argument("--data_dir", help="imagefolder tree; without it torchvision downloads into ./data")
     ap.add_argument("--scale", type=float, default=.25, help="factor on the width (default: .25)")
     ap.add_argument("--depth", type=float, default=1 / 3, help="factor on the depths (default: 1/3)")
-    ap.add_argument("--fraction", type=float, default=.5, help="share of the training images (default: .5)")
+    ap.add_argument("--fraction", type=float, default=.4, help="share of the training images (default: .4)")
     ap.add_argument("--epochs", type=int, default=2)
     ap.add_argument("--batch_size", type=int, help="default: 64; with --speed 4 on a CPU, 128 on a GPU")
     ap.add_argument("--lr", type=float, default=4e-3)
