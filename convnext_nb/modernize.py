@@ -192,7 +192,7 @@ def gmacs(
     "What a rung costs; the paper's GFLOPs."
     with torch.device("meta"): return count_macs(modernize(rung, **overrides)) / 1e9
 
-# %% ../nbs/05_modernize.ipynb #30575e92
+# %% ../nbs/05_modernize.ipynb #4abdeb56
 def copy_weights(
     source: nn.Module,
     target: nn.Module,  # its tensors are overwritten
@@ -200,8 +200,8 @@ def copy_weights(
     "Move weights and statistics between two definitions of one network, in order."
     old, new = source.state_dict(), target.state_dict()
     shape = lambda t: tuple(s for s in t.shape if s > 1)
-    odd = next((f"{a} has shape {tuple(old[a].shape)} and {b} {tuple(new[b].shape)}" for a, b in zip(old, new) if shape(old[a]) != shape(new[b])), "")
-    if odd or len(old) != len(new):
-        raise ValueError(f"these are two networks, of {len(old)} and {len(new)} tensors{': ' * bool(odd)}{odd}; copy_weights wants the same tensors in the same order")
+    odd = [f"{a} has shape {tuple(old[a].shape)} and {b} {tuple(new[b].shape)}" for a, b in zip(old, new) if shape(old[a]) != shape(new[b])]
+    if len(old) != len(new): odd = [f"they have {len(old)} and {len(new)} tensors"]
+    if odd: raise ValueError(f"these are two networks: {odd[0]}; copy_weights wants the same tensors in the same order")
     target.load_state_dict({b: old[a].reshape(new[b].shape) for a, b in zip(old, new)})
     return dict(zip(old, new))
