@@ -1,10 +1,10 @@
 """The paper's figure 2 at small scale: every rung from ResNet-50 to ConvNeXt-T, narrowed, trained on CIFAR-10 with one recipe and several seeds.
 
-    python benchmarks/ladder.py --data_dir TREE                                           a CPU: an eighth of the width
-    python benchmarks/ladder.py --data_dir TREE --scale .5 --epochs 20                    a GPU
-    python benchmarks/ladder.py --speed                                                   images per second of each rung at its full width, at 224
+    python benchmarks/ladder.py --data_dir TREE                                              a CPU: a quarter of the width, a third of the blocks
+    python benchmarks/ladder.py --data_dir TREE --scale .5 --depth 1 --fraction 1 --epochs 20   a GPU
+    python benchmarks/ladder.py --speed                                                      images per second of each rung in full, at 224
 
-Accuracy is that on 5,000 training images held out for validation; the test images are not read. Runs that the result already holds are
+A stem of 2x2 patches (or, before that rung, 7x7 and a max-pool, with half the strides) suits 32x32 images. Accuracy is that on 5,000 training images held out for validation; the test images are not read. Runs that the result already holds are
 not done again: what was stopped goes on. Speed: in each round every rung does one forward pass and one training step (cross-entropy, backward,
 AdamW), in a random order; its ratio is the median over rounds of the first rung's time over its own in the same round. Both write
 benchmarks/results/<name>.json, and the ablation <name>.png.
