@@ -7,22 +7,14 @@ Accuracy is that on 5,000 training images held out for validation; the test imag
 not done again: a study that was stopped goes on. Writes benchmarks/results/<name>.json and <name>.png.
 """
 import argparse
-import json
-import os
 import statistics
-import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import replace
-from functools import cache
-from multiprocessing import get_context
 
 import matplotlib.pyplot as plt
-import torch
-from common import RESULTS, environment, write
+from common import RESULTS, fit, pursue
 
-from convnext_nb.data import DataConfig, MemoryLoader, hold_out, pick_device, read_parts, stratified_split
+from convnext_nb.data import pick_device
 from convnext_nb.model import count_macs, count_params
-from convnext_nb.train import Run, TrainConfig, evaluate, train_epoch
+from convnext_nb.train import TrainConfig, evaluate
 
 SHARED = dict(batch_size=128, lr=4e-3)
 STOCK = dict(model="convnext_atto", patch_size=4, ls_init_value=1e-6, init_std=.02, ema_decay=0.)  # the paper's network and start
@@ -70,31 +62,13 @@ CHANGES = {  # of the stock network, and of ours: each alone
 }
 
 
-@cache
-def images(data, data_dir, fraction):
-    "The part of the training images that is trained on, those held out, and the facts."
-    torch.set_num_threads(1)
-    cfg = DataConfig(data, data_dir, seed=0)  # the same split for every seed of a run
-    parts, info = read_parts(cfg)
-    parts = hold_out(parts, cfg)
-    x, y = parts["train"]
-    if fraction < 1: x, y = (t[stratified_split(y, 1 - fraction, 0)[0]] for t in (x, y))
-    return (x, y), parts["val"], info
-
-
 def one(start, change, seed, a):
     "Train one network; its validation accuracy, plain and with test-time augmentation, and its cost."
     values = SHARED | dict(stock=STOCK, ours=OURS)[start] | CHANGES[start][change]
     if values.get("low_res_epochs") == "half": values["low_res_epochs"] = a.epochs // 2
     cfg = TrainConfig(**values, epochs=a.epochs, seed=seed, device=a.device, amp_dtype=a.amp_dtype, cuda_graph=a.device != "cpu")
-    (x, y), (val_x, val_y), info = images("imagefolder" if a.data_dir else "cifar10", a.data_dir or "data", a.fraction)
-    train_dl = MemoryLoader(torch.from_numpy(x), y, info, cfg, train=True)
-    val_dl = MemoryLoader(torch.from_numpy(val_x), val_y, info, replace(cfg, batch_size=min(500, len(val_y))))
-    run, clock = Run(cfg, info, len(train_dl), pick_device(a.device)), time.perf_counter()
-    while run.epoch < cfg.epochs:
-        train_epoch(run, train_dl)
-        run.epoch, run.batch = run.epoch + 1, 0
-    seconds = time.perf_counter() - clock
+    run, val_dl, seconds = fit(cfg, a.data_dir, a.fraction)
+    info = val_dl.info
     plain, tta = (evaluate(run.result, val_dl, run.dtype, tta=t)["top1"] for t in (False, True))
     return dict(start=start, change=change, seed=seed, val_top1=plain, val_top1_tta=tta, seconds=seconds, values=values,
                 macs=count_macs(run.model, (info.in_chans, info.image_size, info.image_size)), params=count_params(run.model))
@@ -145,30 +119,15 @@ def main():
     ap.add_argument("--device")
     ap.add_argument("--name", help="of the result; default: cifar10_study_<device>")
     a = ap.parse_args()
-    device, end = pick_device(a.device), time.monotonic() + 60 * a.minutes
-    a.device, name = device.type, a.name or f"cifar10_study_{device.type}"
-    where, path = environment(device), RESULTS / f"{name}.json"
-    if a.data_dir: where["command"] = where["command"].replace(a.data_dir, "TREE")
+    a.device = pick_device(a.device).type
+    name = a.name or f"cifar10_study_{a.device}"
     how = dict(fraction=a.fraction, epochs=a.epochs, amp_dtype=a.amp_dtype, shared=SHARED, stock=STOCK, ours=OURS)
-    old = json.loads(path.read_text()) if path.exists() else {}
-    runs = old["runs"] if old.get("how") == how else []  # another study is begun anew
-    done = {(r["start"], r["change"], r["seed"]) for r in runs}
     todo = [(start, change, seed) for seed in range(a.seeds) for start, changes in CHANGES.items() for i, change in enumerate(changes)
-            if (start, change, seed) not in done and (not a.only or i == 0 or a.only in change)]
-    jobs = len(os.sched_getaffinity(0)) if device.type == "cpu" else 1
-    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:  # on a CPU, as many runs at once as there are cores, one thread each
-        waiting = set()
-        while todo or waiting:
-            while todo and len(waiting) < jobs and time.monotonic() < end: waiting.add(pool.submit(one, *todo.pop(0), a))
-            if not waiting: break
-            first = next(as_completed(waiting))
-            waiting.remove(first)
-            runs.append(first.result() | dict(commit=where["commit"]))
-            r, summary = runs[-1], summarize(runs)
-            write(name, **where, how=how, summary=summary, runs=runs)  # after each run: what is stopped keeps what it has
-            print(f"seed {r['seed']}  {r['start']:5}  {r['change']:36} {r['val_top1']:.2%}  with test-time augmentation {r['val_top1_tta']:.2%}", flush=True)
+            if not a.only or i == 0 or a.only in change]
+    def tell(r): return f"seed {r['seed']}  {r['start']:5}  {r['change']:36} {r['val_top1']:.2%}  with test-time augmentation {r['val_top1_tta']:.2%}"
+    runs = pursue(a, name, how, ("start", "change", "seed"), todo, one, summarize, tell)
     if runs: draw(summarize(runs), runs, RESULTS / f"{name}.png")
-    print(path)
+    print(RESULTS / f"{name}.json")
 
 
 if __name__ == "__main__": main()

@@ -7,9 +7,10 @@
     cifar   CIFAR-10 from scratch at full scale: benchmarks/cifar10.py, the presets cifar10-fast and cifar10 with eight seeds each
     best    the preset cifar10-best, three seeds, one or more at a time
     study   one change at a time: benchmarks/cifar10_study.py, at full scale
+    ladder  every rung from ResNet-50 to ConvNeXt-T: its speed at 224, and CIFAR-10 with half the width and all blocks: benchmarks/ladder.py
     all     one after the other
 
-cifar, best and study go on where their result stops: call them again until they have nothing left to do.
+cifar, best, study and ladder go on where their result stops: call them again until they have nothing left to do.
 
 It uses the Python that runs it and installs nothing. CIFAR-10 comes from the imagefolder tree that CONVNEXT_NB_CIFAR10 names, or is downloaded.
 Further arguments go to the stage's scripts; `--device cpu` with small values tries one out where there is no GPU.
@@ -35,6 +36,8 @@ STAGES = {
               [sys.executable, "benchmarks/cifar10.py", "--presets", "cifar10", "--seeds", "8", "--compiled", "--minutes", "3.5", *data]],
     "best": [[sys.executable, "benchmarks/cifar10.py", "--presets", "cifar10-best", "--seeds", "3", "--minutes", "8.5", *data]],
     "study": [[sys.executable, "benchmarks/cifar10_study.py", "--fraction", "1", "--epochs", "20", "--minutes", "8", *data]],
+    "ladder": [[sys.executable, "benchmarks/ladder.py", "--speed", "--minutes", "1.5"],
+               [sys.executable, "benchmarks/ladder.py", "--scale", ".5", "--depth", "1", "--fraction", "1", "--epochs", "20", "--batch_size", "128", "--minutes", "5.5", *data]],
 }
 
 

@@ -21,7 +21,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
-from common import RESULTS, environment, write
+from common import RESULTS, environment, interval, write
 from torch import nn
 
 from convnext_nb.blocks import ConvNeXtBlock, LayerNorm2d
@@ -76,13 +76,6 @@ def networks(name):
     if "v2" not in name: nets["Meta's layout"] = meta_layout(name)
     assert len({count_params(n) for n in nets.values()}) == 1
     return nets
-
-
-def interval(ratios, draws=2000):
-    "Median of the ratios and the 95% interval of that median."
-    rng = random.Random(0)
-    medians = sorted(statistics.median(rng.choices(ratios, k=len(ratios))) for _ in range(draws))
-    return dict(ratio=statistics.median(ratios), low=medians[int(.025 * draws)], high=medians[int(.975 * draws)])
 
 
 def measure(a, device, dtype, fmt, mode):

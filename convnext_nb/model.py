@@ -179,7 +179,8 @@ def count_params(model: nn.Module) -> int:
 def _shell(model):
     "A copy of the model without memory and hooks, all of it trainable."
     with torch.inference_mode(False):
-        net = deepcopy(model, {id(p): nn.Parameter(torch.empty_like(p, device="meta")) for p in model.parameters()})
+        empty = {id(p): nn.Parameter(torch.empty_like(p, device="meta")) for p in model.parameters()}
+        net = deepcopy(model, empty | {id(b): torch.empty_like(b, device="meta") for b in model.buffers()})
     for m in net.modules(): m._forward_hooks.clear(), m._forward_pre_hooks.clear()
     return net
 

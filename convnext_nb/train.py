@@ -250,11 +250,12 @@ class Run:
         info: DatasetInfo,
         epoch_steps: int,       # optimizer steps in an epoch
         device: torch.device,
+        model: nn.Module | None = None,  # a network of your own; None: the one that `cfg` asks for
     ):
         self.cfg, self.epoch_steps, self.device = cfg, epoch_steps, device
         self.rank, self.world = process_of()
-        self.model = build_model(cfg, info).to(device, memory_format=torch.channels_last)
-        self.model.set_grad_checkpointing(cfg.grad_checkpointing)
+        self.model = (model or build_model(cfg, info)).to(device, memory_format=torch.channels_last)
+        if cfg.grad_checkpointing: self.model.set_grad_checkpointing()
         self.optimizers = make_optimizers(self.model, cfg)
         self.criterion = nn.CrossEntropyLoss(label_smoothing=cfg.label_smoothing)
         self.dtype = getattr(torch, cfg.amp_dtype or ("bfloat16" if device.type == "cuda" else "float32"))
