@@ -227,19 +227,23 @@ def table(settings):
     return "\n".join("  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:]))]) for line in lines)
 
 
+MARKS = {"ours": ("o", "C0"), "ours, accelerated": ("D", "C3"), "timm": ("s", "C1"), "timm, conv_mlp": ("^", "C2"), "torchvision": ("v", "C4"),
+         "Hugging Face": ("P", "C5"), "Meta's layout": ("X", "C7")}
+
+
 def plot(a, where, settings, path):
     "A panel for each mode, a row for each setting, a mark for each network: images a second."
+    row = lambda s: f"{s['dtype']}, {s['memory_format']}, {s['code']}"
+    rows, modes = list(dict.fromkeys(map(row, settings))), list(dict.fromkeys(s["mode"] for s in settings))
     labels = list(dict.fromkeys(k for s in settings for k in s["networks"]))
-    rows = [s["dtype"] + ", " + s["memory_format"] + ", " + s["code"] for s in settings if s["mode"] == settings[0]["mode"]]
-    fig, axs = plt.subplots(1, len(a.modes), figsize=(2.2 + 4.4 * len(a.modes), 1.6 + .36 * len(rows)), layout="constrained", sharey=True, squeeze=False)
-    for ax, mode in zip(axs[0], a.modes):
-        for k, marker, colour in zip(labels, "oDs^vP*X", ["C0", "C3", *(f"C{i}" for i in (1, 2, 4, 5, 6, 7))]):
-            ours, shown = k.startswith("ours"), [s for s in settings if s["mode"] == mode and k in s["networks"]]
-            ax.plot([s["networks"][k]["images_per_s"] for s in shown], [rows.index(f"{s['dtype']}, {s['memory_format']}, {s['code']}") for s in shown], marker, ls="",
-                    ms=9 if ours else 6, color=colour, mec="k" if ours else "none", alpha=1 if ours else .8, zorder=2 + ours, label=k)
-        ax.set(xlim=(0, None), xlabel=f"{mode}, images/s", yticks=range(len(rows)), yticklabels=rows)
+    fig, axs = plt.subplots(1, len(modes), figsize=(2.2 + 4.4 * len(modes), 1.6 + .36 * len(rows)), layout="constrained", sharey=True, squeeze=False)
+    for ax, mode in zip(axs[0], modes):
+        for k in labels:
+            shown, (marker, colour), ours = [s for s in settings if s["mode"] == mode and k in s["networks"]], MARKS.get(k, ("*", "k")), k.startswith("ours")
+            ax.plot([s["networks"][k]["images_per_s"] for s in shown], [rows.index(row(s)) for s in shown], marker, color=colour, ms=9 if ours else 6,
+                    mec="k" if ours else "none", zorder=2 + ours, label=k)
+        ax.set(xlim=(0, None), ylim=(len(rows) - .5, -.5), xlabel=f"{mode}, images/s", yticks=range(len(rows)), yticklabels=rows)
         ax.grid(alpha=.3)
-    axs[0][0].invert_yaxis()
     fig.suptitle(f"{a.model} at {a.image_size}, batch {a.batch_size}, {where['device']}", fontsize=11)
     fig.legend(*axs[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(labels), fontsize=8, frameon=False)
     fig.savefig(path, dpi=110)
