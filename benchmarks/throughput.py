@@ -9,8 +9,8 @@ is installed; and the layout of Meta's code, written from its description. Besid
 network once, in a random order; a ratio is the median over rounds of the peer's time over ours in the same round, with the 95% interval of that
 median (bootstrap). A training step is forward, cross-entropy, backward and AdamW. A network that fails, of memory for one, is named in `failed`.
 
-The floor is the least time that an image can take on this device: each block lasts as long as its FLOPs at the rate of a large matrix product, or its
-passes over maps at the rate of a large copy, whichever is longer. Both rates are measured in the same run. `floor_fraction` is floor over time.
+The floor is the least time that an image can take on this device: each operation lasts as long as its FLOPs at the rate of a large matrix product, or
+its bytes at the rate of a large copy, whichever is longer. Both rates are measured in the same run. `floor_fraction` is floor over time.
 Writes benchmarks/results/<name>.json after each setting, and <name>.png.
 """
 import argparse
@@ -36,7 +36,7 @@ from convnext_nb.model import VARIANTS, count_macs, count_params, create_model
 try: import transformers
 except ImportError: transformers = None
 try: from convnext_nb.kernels import accelerate
-except ImportError: accelerate = None
+except ImportError: accelerate = None  # no Triton
 
 ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 ap.add_argument("--model", default="convnext_tiny")
@@ -129,7 +129,11 @@ def peaks(device, dtypes):
     return dict(flops_per_s=rates, bytes_per_s=2 * size / fastest(lambda: target.copy_(source), device))
 
 
-PASSES = {"forward": (13, 1), "training step": (48, 3)}  # over a block's map when all that can be fused is; over what goes in and out elsewhere
+# What a block does at least, in order: depthwise convolutions, matrix products of its MLP, passes over maps of its width; elementwise steps ride along.
+FORWARD = [(1, 0, 2), (0, 1, 5), (0, 1, 6)]                                       # convolution + norm, fc1 + GELU, fc2 + gamma + shortcut
+BACKWARD = [(0, 0, 3), (0, 1, 9), (0, 1, 5), (0, 1, 5), (0, 1, 5),                # gamma, and its input kept forward; fc2 and GELU; fc1
+            (0, 0, 3), (1, 0, 3), (1, 0, 2)]                                      # norm; convolution + shortcut, its weights
+OPERATIONS = {"forward": FORWARD, "training step": FORWARD + BACKWARD}            # 13 and 48 passes
 
 
 def work(name, image_size):
@@ -144,13 +148,15 @@ def work(name, image_size):
 
 
 def floor_us(name, image_size, mode, itemsize, flops_per_s, bytes_per_s):
-    "Microseconds that an image needs at least: each part in turn, bound by arithmetic or by memory, its elementwise steps fused. AdamW is not counted."
-    block_passes, passes = PASSES[mode]
-    rounds = 3 if mode != "forward" else 1  # the gradients to inputs and to weights cost a forward pass each
-    def seconds(m, flops, inputs, outputs):
-        numbers = block_passes * outputs if isinstance(m, ConvNeXtBlock) else passes * (inputs + outputs)
-        return max(rounds * flops / flops_per_s, numbers * itemsize / bytes_per_s)
-    return 1e6 * sum(seconds(*row) for row in work(name, image_size))
+    "Microseconds that an image needs at least: operation by operation, bound by arithmetic or by memory. GRN and AdamW are not counted."
+    def seconds(flops, numbers): return max(flops / flops_per_s, numbers * itemsize / bytes_per_s)
+    total = 0
+    for m, flops, inputs, outputs in work(name, image_size):
+        if isinstance(m, ConvNeXtBlock):
+            conv = 2 * outputs * m.conv_dw.weight[0].numel()
+            total += sum(seconds(c * conv + p * (flops - conv) / 2, passes * outputs) for c, p, passes in OPERATIONS[mode])
+        else: total += seconds(flops, inputs + outputs) * (1 if mode == "forward" else 3)  # the gradients to inputs and to weights cost the same
+    return 1e6 * total
 
 
 def interval(ratios, draws=2000):
@@ -180,7 +186,8 @@ def measure(a, device, code, dtype, fmt, mode, floor):
 
     def prepare(k):
         "Compile, allocate, tune; peak memory of this network alone."
-        if k == "ours, accelerated": accelerate(nets[k])
+        if k == "ours, accelerated":
+            with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"): accelerate(nets[k], x)
         if mode != "forward": optimizers[k] = torch.optim.AdamW(nets[k].parameters(), lr=1e-4)
         runs[k] = torch.compile(nets[k]) if code == "compiled" else nets[k]
         for _ in range(2): once(k)
@@ -255,7 +262,7 @@ def main():
     device = pick_device(a.device)
     a.batch_size = a.batch_size or (256 if device.type == "cuda" else 4)
     name, where, hardware = a.name or f"throughput_{device.type}", environment(device), peaks(device, a.dtypes)
-    for label, there in {"Hugging Face (transformers is not installed)": transformers, "ours, accelerated (no convnext_nb.kernels)": accelerate}.items():
+    for label, there in {"Hugging Face (transformers is not installed)": transformers, "ours, accelerated (convnext_nb.kernels needs Triton)": accelerate}.items():
         if not there: print(f"left out: {label}")
     print("; ".join(f"{d} {r / 1e12:.3g} TFLOP/s" for d, r in hardware["flops_per_s"].items()) + f"; {hardware['bytes_per_s'] / 1e9:,.3g} GB/s", flush=True)
     config = {k: v for k, v in vars(a).items() if k not in ("name", "device")}
