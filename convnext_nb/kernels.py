@@ -251,8 +251,8 @@ def _(y, bias, gamma, keep, g): return same(y), torch.empty_like(bias), torch.em
 def _keep_tail(ctx, inputs, output): ctx.save_for_backward(*inputs[1:])
 scale_residual.register_autograd(lambda ctx, g: (g, *scale_residual_grad(*ctx.saved_tensors, g), None), setup_context=_keep_tail)
 
-# %% ../nbs/06_kernels.ipynb #96b3baf3
-ROWS = [(dict(PIXELS=p), 4) for p in (4, 1, 16)]
+# %% ../nbs/06_kernels.ipynb #40decd42
+ROWS = [(dict(PIXELS=p), 4) for p in (4, 1, 8)]
 
 @triton.jit
 def normalize(v, inside, C: tl.constexpr, eps):
@@ -348,7 +348,7 @@ def repeat(v, n: tl.constexpr):
     for k in tl.static_range(n): many = many + (v,)
     return many
 
-# %% ../nbs/06_kernels.ipynb #4fc45cd3
+# %% ../nbs/06_kernels.ipynb #36179491
 @triton.jit
 def conv_row(sums, row, taps, K: tl.constexpr, COLS: tl.constexpr):
     "Add what one row of the input, padding included, gives to K rows of sums; the first of them is then complete."
@@ -360,7 +360,7 @@ def conv_row(sums, row, taps, K: tl.constexpr, COLS: tl.constexpr):
             new = new + (s,)
     return new
 
-STRIPS = [(dict(COLS=c, CHANNELS=32 * v * w), w) for c in (7, 4) for v, w in ((1, 1), (1, 4), (2, 2))]
+STRIPS = [(dict(COLS=c, CHANNELS=32 * v * w), w) for c, v, w in ((7, 1, 1), (7, 1, 4), (4, 1, 1), (4, 1, 4), (4, 2, 2))]  # v channels a thread
 
 # %% ../nbs/06_kernels.ipynb #c4c8f7d6
 @tuned(STRIPS, ["H", "W", "C", "K"])
@@ -467,9 +467,10 @@ def _(x, weight, g): return same(x), torch.empty_like(weight), weight.new_empty(
 
 depthwise_conv.register_autograd(lambda ctx, g: depthwise_conv_grad(*ctx.saved_tensors, g), setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:2]))
 
-# %% ../nbs/06_kernels.ipynb #0eb0868a
-WIDEN = tl.constexpr(INTERPRETED)  # the interpreter multiplies the bit patterns of bfloat16 as integers: widen them before
-MATMULS = [(dict(PIXELS=p, OUT=o, IN=i), w) for p, o, i, w in ((128, 128, 32, 4), (128, 128, 64, 8), (128, 256, 64, 8), (256, 128, 64, 8), (64, 128, 64, 4))]
+# %% ../nbs/06_kernels.ipynb #305d2635
+WIDEN = tl.constexpr(INTERPRETED)  # the interpreter multiplies bfloat16's bits as integers
+MATMULS = [(dict(PIXELS=p, OUT=o, IN=i), w)
+           for p, o, i, w in ((128, 128, 32, 4), (128, 128, 64, 8), (128, 256, 64, 8), (256, 128, 64, 8), (64, 128, 64, 4))]
 
 @triton.jit
 def product(x, w, p, o, P, I: tl.constexpr, O: tl.constexpr, ACC: tl.constexpr, PIXELS: tl.constexpr, OUT: tl.constexpr, IN: tl.constexpr):
