@@ -6,8 +6,8 @@
 __all__ = ['LADDER', 'Design', 'conv', 'Block', 'Network', 'Rung', 'find', 'before', 'design', 'modernize', 'gmacs',
            'copy_weights']
 
-# %% ../nbs/05_modernize.ipynb #65bef0a7
-from dataclasses import asdict, dataclass, replace
+# %% ../nbs/05_modernize.ipynb #69d39adb
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
