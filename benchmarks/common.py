@@ -77,7 +77,7 @@ def fit(cfg, data_dir, fraction, model=None):
     return run, val_dl, time.perf_counter() - clock
 
 
-def pursue(a, name, how, keys, todo, one, summarize, tell, **more):
+def pursue(a, name, how, keys, todo, one, summarize, tell):
     "The runs of a study: those that the result holds, then `one(*item, a)` for the other items of `todo`, each written down when it ends."
     device, end = pick_device(a.device), time.monotonic() + 60 * a.minutes
     a.device, where, path = device.type, environment(device), RESULTS / f"{name}.json"
@@ -95,6 +95,6 @@ def pursue(a, name, how, keys, todo, one, summarize, tell, **more):
             first = next(as_completed(waiting))
             waiting.remove(first)
             runs.append(first.result() | dict(commit=where["commit"]))
-            write(name, **where, how=how, **more, summary=summarize(runs), runs=runs)  # after each run: what is stopped keeps what it has
+            write(name, **where, how=how, summary=summarize(runs), runs=runs)  # after each run: what is stopped keeps what it has
             print(tell(runs[-1]), flush=True)
     return runs
