@@ -23,11 +23,12 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from .blocks import ConvNeXtBlock, LayerNorm2d
 
-# %% ../nbs/06_kernels.ipynb #80909c94
+# %% ../nbs/06_kernels.ipynb #bf6421a5
 try:
     import triton
     import triton.language as tl
-except ImportError as e: raise ImportError("convnext_nb.kernels needs Triton, which torch brings along on Linux; on Windows install triton-windows") from e
+except ImportError as e:
+    raise ImportError("convnext_nb.kernels needs Triton; torch brings it along on Linux, on Windows install triton-windows") from e
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # the kernels below run on a CPU, in numpy
 
@@ -66,7 +67,7 @@ class Traffic(TorchDispatchMode):
         row[:] = [a + b for a, b in zip(row, (1, seconds, _flops(packet, args, kwargs, out), moved))]
         return out
 
-# %% ../nbs/06_kernels.ipynb #39865bed
+# %% ../nbs/06_kernels.ipynb #5e06b7d0
 def tuned(configs, key):
     "Triton's autotuner over (constants, warps), once for each value of the arguments named in `key`."
     configs = [triton.Config(constants, num_warps=warps) for constants, warps in configs]
@@ -74,7 +75,8 @@ def tuned(configs, key):
 
 def launch(kernel, grid, x, *args, **constants):
     "Run `kernel` on the device of `x`, with sums in float32, or float64 for float64."
-    with torch.cuda.device_of(x): kernel[grid](x, *args, ACC=tl.float64 if x.dtype == torch.float64 else tl.float32, **constants)
+    ACC = tl.float64 if x.dtype == torch.float64 else tl.float32
+    with torch.cuda.device_of(x): kernel[grid](x, *args, ACC=ACC, **constants)
 
 def on_triton(x): return x.is_cuda or INTERPRETED
 def sum_dtype(x): return torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -154,7 +156,7 @@ def bias_gelu(
 @bias_gelu.register_fake
 def _(x, bias): return same(x)
 
-# %% ../nbs/06_kernels.ipynb #9972138a
+# %% ../nbs/06_kernels.ipynb #48aaf336
 @custom_op("convnext_nb::bias_gelu_grad", mutates_args=())
 def bias_gelu_grad(x: torch.Tensor, bias: torch.Tensor, g: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     "Gradients of `bias_gelu` to `x` and `bias`."
@@ -170,9 +172,10 @@ def bias_gelu_grad(x: torch.Tensor, bias: torch.Tensor, g: torch.Tensor) -> tupl
 @bias_gelu_grad.register_fake
 def _(x, bias, g): return same(x), torch.empty_like(bias)
 
-bias_gelu.register_autograd(lambda ctx, g: bias_gelu_grad(*ctx.saved_tensors, g), setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+def _keep(ctx, inputs, output): ctx.save_for_backward(*inputs)
+bias_gelu.register_autograd(lambda ctx, g: bias_gelu_grad(*ctx.saved_tensors, g), setup_context=_keep)
 
-# %% ../nbs/06_kernels.ipynb #4a3ba6e7
+# %% ../nbs/06_kernels.ipynb #862790a1
 @triton.jit
 def sample(keep, p, pixels, P, ACC: tl.constexpr):
     "The factor of the sample that each of the pixels `p` belongs to."
@@ -181,22 +184,25 @@ def sample(keep, p, pixels, P, ACC: tl.constexpr):
 
 @tuned(TILES, ["D"])
 @triton.jit
-def residual_kernel(x, y, b, gamma, keep, out, P, pixels, D: tl.constexpr, ACC: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
+def residual_kernel(x, y, b, gamma, keep, out, P, pixels, D: tl.constexpr,
+                    ACC: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
     chunks = (D + CHANNELS - 1) // CHANNELS
     p, ch, at, inside = tile(tl.program_id(0) // chunks * PIXELS, P, tl.program_id(0) % chunks, D, PIXELS, CHANNELS)
     v = tl.load(y + at, mask=inside, other=0.).to(ACC) + tl.load(b + ch, mask=ch < D, other=0.).to(ACC)[None, :]
     v *= tl.load(gamma + ch, mask=ch < D, other=0.).to(ACC)[None, :] * sample(keep, p, pixels, P, ACC)[:, None]
     tl.store(out + at, tl.load(x + at, mask=inside, other=0.).to(ACC) + v, mask=inside)
 
-# %% ../nbs/06_kernels.ipynb #7e38ec0d
+# %% ../nbs/06_kernels.ipynb #c9782014
 @tuned(TILES, ["D"])
 @triton.jit
-def residual_grad_kernel(y, b, gamma, keep, g, dy, out, P, pixels, D: tl.constexpr, ACC: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
+def residual_grad_kernel(y, b, gamma, keep, g, dy, out, P, pixels, D: tl.constexpr,
+                         ACC: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
     chunks = (D + CHANNELS - 1) // CHANNELS
     chunk, part, parts = tl.program_id(0) % chunks, tl.program_id(0) // chunks, tl.num_programs(0) // chunks
     ch = chunk * CHANNELS + tl.arange(0, CHANNELS)
     mine = ch < D
-    bias, scale = tl.load(b + ch, mask=mine, other=0.).to(ACC)[None, :], tl.load(gamma + ch, mask=mine, other=0.).to(ACC)[None, :]
+    bias = tl.load(b + ch, mask=mine, other=0.).to(ACC)[None, :]
+    scale = tl.load(gamma + ch, mask=mine, other=0.).to(ACC)[None, :]
     db, dgamma = tl.full([PIXELS, CHANNELS], 0, ACC), tl.full([PIXELS, CHANNELS], 0, ACC)
     for first in range(part * PIXELS, P, parts * PIXELS):
         p, _, at, inside = tile(first, P, chunk, D, PIXELS, CHANNELS)
@@ -229,9 +235,10 @@ def scale_residual(
 @scale_residual.register_fake
 def _(x, y, bias, gamma, keep=None): return same(x)
 
-# %% ../nbs/06_kernels.ipynb #bdc68b71
+# %% ../nbs/06_kernels.ipynb #86fd2be4
 @custom_op("convnext_nb::scale_residual_grad", mutates_args=())
-def scale_residual_grad(y: torch.Tensor, bias: torch.Tensor, gamma: torch.Tensor, keep: torch.Tensor | None, g: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def scale_residual_grad(y: torch.Tensor, bias: torch.Tensor, gamma: torch.Tensor, keep: torch.Tensor | None,
+                        g: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     "Gradients of `scale_residual` to `y`, `bias` and `gamma`."
     y, g, D = y.contiguous(), g.contiguous(), len(gamma)
     P, dy = y.numel() // D, torch.empty_like(y)
@@ -247,9 +254,10 @@ def scale_residual_grad(y: torch.Tensor, bias: torch.Tensor, gamma: torch.Tensor
 @scale_residual_grad.register_fake
 def _(y, bias, gamma, keep, g): return same(y), torch.empty_like(bias), torch.empty_like(gamma)
 
-# %% ../nbs/06_kernels.ipynb #71a4eb3a
+# %% ../nbs/06_kernels.ipynb #6dd743af
 def _keep_tail(ctx, inputs, output): ctx.save_for_backward(*inputs[1:])
-scale_residual.register_autograd(lambda ctx, g: (g, *scale_residual_grad(*ctx.saved_tensors, g), None), setup_context=_keep_tail)
+def _tail_grad(ctx, g): return g, *scale_residual_grad(*ctx.saved_tensors, g), None
+scale_residual.register_autograd(_tail_grad, setup_context=_keep_tail)
 
 # %% ../nbs/06_kernels.ipynb #40decd42
 ROWS = [(dict(PIXELS=p), 4) for p in (4, 1, 8)]
@@ -269,10 +277,11 @@ def norm_kernel(x, w, b, y, P, eps, C: tl.constexpr, CHANNELS: tl.constexpr, ACC
     scale, shift = tl.load(w + ch, mask=ch < C, other=0.).to(ACC), tl.load(b + ch, mask=ch < C, other=0.).to(ACC)
     tl.store(y + at, n * scale[None, :] + shift[None, :], mask=inside)
 
-# %% ../nbs/06_kernels.ipynb #0c5b479f
+# %% ../nbs/06_kernels.ipynb #e86e8b0b
 @tuned(ROWS, ["C"])
 @triton.jit
-def norm_grad_kernel(x, w, g, dx, out, P, eps, C: tl.constexpr, CHANNELS: tl.constexpr, ACC: tl.constexpr, PIXELS: tl.constexpr):
+def norm_grad_kernel(x, w, g, dx, out, P, eps, C: tl.constexpr,
+                     CHANNELS: tl.constexpr, ACC: tl.constexpr, PIXELS: tl.constexpr):
     ch = tl.arange(0, CHANNELS)
     scale = tl.load(w + ch, mask=ch < C, other=0.).to(ACC)
     dw, db = tl.full([PIXELS, CHANNELS], 0, ACC), tl.full([PIXELS, CHANNELS], 0, ACC)
@@ -287,7 +296,7 @@ def norm_grad_kernel(x, w, g, dx, out, P, eps, C: tl.constexpr, CHANNELS: tl.con
     tl.store(row, total(dw, 0), mask=ch < C)
     tl.store(row + C, total(db, 0), mask=ch < C)
 
-# %% ../nbs/06_kernels.ipynb #0ba88503
+# %% ../nbs/06_kernels.ipynb #6a0e9547
 @custom_op("convnext_nb::layer_norm", mutates_args=())
 def layer_norm(
     x: torch.Tensor,       # (..., C)
@@ -299,22 +308,24 @@ def layer_norm(
     x, C = x.contiguous(), len(weight)
     if not on_triton(x): return F.layer_norm(x, (C,), weight.to(x.dtype), bias.to(x.dtype), eps)
     y, P = torch.empty_like(x), x.numel() // C
-    launch(norm_kernel, lambda m: (triton.cdiv(P, m["PIXELS"]),), x, weight, bias, y, P, eps, C=C, CHANNELS=triton.next_power_of_2(C))
+    def grid(m): return (triton.cdiv(P, m["PIXELS"]),)
+    launch(norm_kernel, grid, x, weight, bias, y, P, eps, C=C, CHANNELS=triton.next_power_of_2(C))
     return y
 
 @layer_norm.register_fake
 def _(x, weight, bias, eps=1e-6): return same(x)
 
-# %% ../nbs/06_kernels.ipynb #79fac2b4
+# %% ../nbs/06_kernels.ipynb #fbd5bebd
 @custom_op("convnext_nb::layer_norm_grad", mutates_args=())
-def layer_norm_grad(x: torch.Tensor, weight: torch.Tensor, eps: float, g: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def layer_norm_grad(x: torch.Tensor, weight: torch.Tensor, eps: float,
+                    g: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     "Gradients of `layer_norm` to `x`, `weight` and `bias`."
     x, g, C = x.contiguous(), g.contiguous(), len(weight)
     if not on_triton(x):
-        n, dims = F.layer_norm(x, (C,), eps=eps), tuple(range(x.ndim - 1))
-        up, rstd = g * weight.to(g.dtype), (x.var(-1, unbiased=False, keepdim=True) + eps).rsqrt()
-        dx = rstd * (up - up.mean(-1, keepdim=True) - n * (up * n).mean(-1, keepdim=True))
-        return dx, (g * n).sum(dims, dtype=weight.dtype), g.sum(dims, dtype=weight.dtype)
+        w = weight.to(x.dtype)
+        _, mean, rstd = torch.native_layer_norm(x, (C,), w, w, eps)
+        dx, dw, db = torch.ops.aten.native_layer_norm_backward(g, x, (C,), mean, rstd, w, w, [True] * 3)
+        return dx, dw.to(weight.dtype), db.to(weight.dtype)
     P, dx = x.numel() // C, torch.empty_like(x)
     sums = partial_sums(x, P, 2, C)
     launch(norm_grad_kernel, (len(sums),), x, weight, g, dx, sums, P, eps, C=C, CHANNELS=triton.next_power_of_2(C))
@@ -324,9 +335,10 @@ def layer_norm_grad(x: torch.Tensor, weight: torch.Tensor, eps: float, g: torch.
 @layer_norm_grad.register_fake
 def _(x, weight, eps, g): return same(x), torch.empty_like(weight), torch.empty_like(weight)
 
-# %% ../nbs/06_kernels.ipynb #b43e3d6c
+# %% ../nbs/06_kernels.ipynb #e4ee0b40
 def _keep_norm(ctx, inputs, output): ctx.eps = inputs[3]; ctx.save_for_backward(*inputs[:2])
-layer_norm.register_autograd(lambda ctx, g: (*layer_norm_grad(*ctx.saved_tensors, ctx.eps, g), None), setup_context=_keep_norm)
+def _norm_grad(ctx, g): return *layer_norm_grad(*ctx.saved_tensors, ctx.eps, g), None
+layer_norm.register_autograd(_norm_grad, setup_context=_keep_norm)
 
 # %% ../nbs/06_kernels.ipynb #9e11eb2d
 @triton.jit
@@ -348,7 +360,7 @@ def repeat(v, n: tl.constexpr):
     for k in tl.static_range(n): many = many + (v,)
     return many
 
-# %% ../nbs/06_kernels.ipynb #36179491
+# %% ../nbs/06_kernels.ipynb #cc1dbe35
 @triton.jit
 def conv_row(sums, row, taps, K: tl.constexpr, COLS: tl.constexpr):
     "Add what one row of the input, padding included, gives to K rows of sums; the first of them is then complete."
@@ -360,12 +372,14 @@ def conv_row(sums, row, taps, K: tl.constexpr, COLS: tl.constexpr):
             new = new + (s,)
     return new
 
-STRIPS = [(dict(COLS=c, CHANNELS=32 * v * w), w) for c, v, w in ((7, 1, 1), (7, 1, 4), (4, 1, 1), (4, 1, 4), (4, 2, 2))]  # v channels a thread
+SIZES = (7, 1, 1), (7, 1, 4), (4, 1, 1), (4, 1, 4), (4, 2, 2)  # columns, channels of a thread, warps
+STRIPS = [(dict(COLS=c, CHANNELS=32 * v * w), w) for c, v, w in SIZES]
 
-# %% ../nbs/06_kernels.ipynb #c4c8f7d6
+# %% ../nbs/06_kernels.ipynb #ec1b0450
 @tuned(STRIPS, ["H", "W", "C", "K"])
 @triton.jit
-def conv_kernel(x, taps, bias, y, H, W, rows, C: tl.constexpr, K: tl.constexpr, ACC: tl.constexpr, COLS: tl.constexpr, CHANNELS: tl.constexpr):
+def conv_kernel(x, taps, bias, y, H, W, rows, C: tl.constexpr, K: tl.constexpr,
+                ACC: tl.constexpr, COLS: tl.constexpr, CHANNELS: tl.constexpr):
     pad: tl.constexpr = K // 2
     chunks, strips, parts = (C + CHANNELS - 1) // CHANNELS, (W + COLS - 1) // COLS, (H + rows - 1) // rows
     pid, strip = tl.program_id(0), tl.program_id(0) // chunks
@@ -384,10 +398,10 @@ def conv_kernel(x, taps, bias, y, H, W, rows, C: tl.constexpr, K: tl.constexpr, 
         i = end - pad + k
         write_row(y + i * W * C, sums[k * COLS:(k + 1) * COLS], left, COLS, W, C, mine & (i >= top) & (i < bottom))
 
-# %% ../nbs/06_kernels.ipynb #01558849
+# %% ../nbs/06_kernels.ipynb #4c179996
 @triton.jit
 def correlate_row(sums, row, window, K: tl.constexpr, COLS: tl.constexpr):
-    "Add the products of one row of the input with K rows of the gradient to the K * K sums, and the gradient itself to one more."
+    "Add one row of the input times K rows of the gradient to the K * K sums, and the gradient to one more."
     new = ()
     for k in tl.static_range(K):
         for j in tl.static_range(K):
@@ -398,10 +412,11 @@ def correlate_row(sums, row, window, K: tl.constexpr, COLS: tl.constexpr):
     for c in tl.static_range(COLS): s += window[K // 2 * COLS + c]
     return new + (s,)
 
-# %% ../nbs/06_kernels.ipynb #4323e7e7
+# %% ../nbs/06_kernels.ipynb #36021299
 @tuned(STRIPS, ["H", "W", "C", "K"])
 @triton.jit
-def conv_weight_kernel(x, g, out, N, H, W, splits, C: tl.constexpr, K: tl.constexpr, ACC: tl.constexpr, COLS: tl.constexpr, CHANNELS: tl.constexpr):
+def conv_weight_kernel(x, g, out, N, H, W, splits, C: tl.constexpr, K: tl.constexpr,
+                       ACC: tl.constexpr, COLS: tl.constexpr, CHANNELS: tl.constexpr):
     pad: tl.constexpr = K // 2
     chunks, strips = (C + CHANNELS - 1) // CHANNELS, (W + COLS - 1) // COLS
     ch, split = tl.program_id(0) % chunks * CHANNELS + tl.arange(0, CHANNELS), tl.program_id(0) // chunks
@@ -418,10 +433,10 @@ def conv_weight_kernel(x, g, out, N, H, W, splits, C: tl.constexpr, K: tl.conste
             sums = correlate_row(sums, row, window, K, COLS)
     for k in tl.static_range(K * K + 1): tl.store(out + (split * (K * K + 1) + k) * C + ch, sums[k], mask=mine)
 
-# %% ../nbs/06_kernels.ipynb #7093ea0d
+# %% ../nbs/06_kernels.ipynb #d90112e8
 def conv_cpu(x, weight, bias):
-    y = F.conv2d(x.permute(0, 3, 1, 2), weight.to(x.dtype), bias.to(x.dtype), padding=weight.shape[-1] // 2, groups=len(weight))
-    return y.permute(0, 2, 3, 1).contiguous()
+    x, weight, bias = x.permute(0, 3, 1, 2), weight.to(x.dtype), bias.to(x.dtype)
+    return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=len(weight)).permute(0, 2, 3, 1).contiguous()
 
 def conv_weight_cpu(x, weight, g):
     "Gradients to weight and bias: one convolution with N * C groups, in which the gradient is the kernel."
@@ -430,7 +445,7 @@ def conv_weight_cpu(x, weight, g):
     dw = F.conv2d(x, g.view(N * C, 1, H, W), padding=K // 2, groups=N * C).view(N, *weight.shape)
     return dw.sum(0, dtype=weight.dtype), g.view(N, C, -1).sum((0, 2), dtype=weight.dtype)
 
-# %% ../nbs/06_kernels.ipynb #467308e0
+# %% ../nbs/06_kernels.ipynb #cdab1833
 @custom_op("convnext_nb::depthwise_conv", mutates_args=())
 def depthwise_conv(
     x: torch.Tensor,       # (N, H, W, C)
@@ -441,7 +456,7 @@ def depthwise_conv(
     x, (N, H, W, C), K = x.contiguous(), x.shape, weight.shape[-1]
     if not on_triton(x): return conv_cpu(x, weight, bias)
     y, columns = torch.empty_like(x), N * triton.cdiv(W, 7) * triton.cdiv(C, 32)
-    rows = min(H, max(K, triton.cdiv(H * columns, 2048)))  # split the strips where there are few, so that every processor has some
+    rows = min(H, max(K, triton.cdiv(H * columns, 2048)))  # few strips are split, so that every processor has some
     def grid(m): return (triton.cdiv(C, m["CHANNELS"]) * triton.cdiv(W, m["COLS"]) * triton.cdiv(H, rows) * N,)
     launch(conv_kernel, grid, x, weight.flatten(1).t().contiguous(), bias, y, H, W, rows, C=C, K=K)
     return y
@@ -449,31 +464,35 @@ def depthwise_conv(
 @depthwise_conv.register_fake
 def _(x, weight, bias): return same(x)
 
-# %% ../nbs/06_kernels.ipynb #2b6ab8e4
+# %% ../nbs/06_kernels.ipynb #e56ef169
 @custom_op("convnext_nb::depthwise_conv_grad", mutates_args=())
-def depthwise_conv_grad(x: torch.Tensor, weight: torch.Tensor, g: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def depthwise_conv_grad(x: torch.Tensor, weight: torch.Tensor,
+                        g: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     "Gradients of `depthwise_conv` to `x`, `weight` and `bias`."
     x, g, (N, H, W, C), K = x.contiguous(), g.contiguous(), x.shape, weight.shape[-1]
     dx = depthwise_conv(g, weight.flip(2, 3), weight.new_zeros(C))
     if not on_triton(x): return dx, *conv_weight_cpu(x, weight, g)
     splits = max(1, min(N * triton.cdiv(W, 7), 65536 // C))
     sums = x.new_empty((splits, K * K + 1, C), dtype=sum_dtype(x))
-    launch(conv_weight_kernel, lambda m: (triton.cdiv(C, m["CHANNELS"]) * splits,), x, g, sums, N, H, W, splits, C=C, K=K)
+    def grid(m): return (triton.cdiv(C, m["CHANNELS"]) * splits,)
+    launch(conv_weight_kernel, grid, x, g, sums, N, H, W, splits, C=C, K=K)
     sums = sums.sum(0).to(weight.dtype)
     return dx, sums[:-1].t().reshape(weight.shape).contiguous(), sums[-1].clone()
 
 @depthwise_conv_grad.register_fake
 def _(x, weight, g): return same(x), torch.empty_like(weight), weight.new_empty(len(weight))
 
-depthwise_conv.register_autograd(lambda ctx, g: depthwise_conv_grad(*ctx.saved_tensors, g), setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:2]))
+def _keep_conv(ctx, inputs, output): ctx.save_for_backward(*inputs[:2])
+depthwise_conv.register_autograd(lambda ctx, g: depthwise_conv_grad(*ctx.saved_tensors, g), setup_context=_keep_conv)
 
-# %% ../nbs/06_kernels.ipynb #305d2635
+# %% ../nbs/06_kernels.ipynb #e9f0789f
 WIDEN = tl.constexpr(INTERPRETED)  # the interpreter multiplies bfloat16's bits as integers
 MATMULS = [(dict(PIXELS=p, OUT=o, IN=i), w)
            for p, o, i, w in ((128, 128, 32, 4), (128, 128, 64, 8), (128, 256, 64, 8), (256, 128, 64, 8), (64, 128, 64, 4))]
 
 @triton.jit
-def product(x, w, p, o, P, I: tl.constexpr, O: tl.constexpr, ACC: tl.constexpr, PIXELS: tl.constexpr, OUT: tl.constexpr, IN: tl.constexpr):
+def product(x, w, p, o, P, I: tl.constexpr, O: tl.constexpr, ACC: tl.constexpr,
+            PIXELS: tl.constexpr, OUT: tl.constexpr, IN: tl.constexpr):
     "The tile of x @ w.T at the pixels `p` and the outputs `o`."
     i, v = tl.arange(0, IN), tl.full([PIXELS, OUT], 0, ACC)
     px, pw = x + p.to(tl.int64)[:, None] * I + i[None, :], w + o[None, :] * I + i[:, None]
@@ -484,7 +503,7 @@ def product(x, w, p, o, P, I: tl.constexpr, O: tl.constexpr, ACC: tl.constexpr, 
         v = tl.dot(xs, ws, v, input_precision="ieee", out_dtype=ACC)
     return v
 
-# %% ../nbs/06_kernels.ipynb #b161c698
+# %% ../nbs/06_kernels.ipynb #221f0180
 @tuned(MATMULS, ["I", "O", "GELU"])
 @triton.jit
 def linear_kernel(x, w, b, gamma, shortcut, y, P, I: tl.constexpr, O: tl.constexpr, GELU: tl.constexpr,
@@ -495,7 +514,9 @@ def linear_kernel(x, w, b, gamma, shortcut, y, P, I: tl.constexpr, O: tl.constex
     if GELU:
         below, _ = normal(v, ACC)
         v = v * below
-    else: v = tl.load(shortcut + at, mask=inside, other=0.).to(ACC) + v * tl.load(gamma + o, mask=o < O, other=0.).to(ACC)[None, :]
+    else:
+        v *= tl.load(gamma + o, mask=o < O, other=0.).to(ACC)[None, :]
+        v += tl.load(shortcut + at, mask=inside, other=0.).to(ACC)
     tl.store(y + at, v, mask=inside)
 
 def linear(x, weight, bias, gamma, shortcut):
@@ -581,34 +602,41 @@ class TritonNorm2d(LayerNorm2d):
     def forward(self, x):                                       # (N, C, H, W)
         return layer_norm(nhwc(x), self.weight, self.bias, self.eps).permute(0, 3, 1, 2)
 
-# %% ../nbs/06_kernels.ipynb #6d2e4836
-FUSED_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # private; where a build of torch lacks it, plain code runs
+# %% ../nbs/06_kernels.ipynb #bddcc28f
+FUSED_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # private; without it plain code runs
+
+def fuses(x):
+    "Can `onednn` be asked? Not inside torch.compile, which fuses by itself and wants to own the weights."
+    usual = x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
+    return FUSED_LINEAR is not None and usual and not torch.compiler.is_compiling()
 
 def onednn(x, fc, act):
     "A Linear, then `act`, in one pass of oneDNN."
     return FUSED_LINEAR(x, fc.weight.to(x.dtype), fc.bias.to(x.dtype), act, [], "none")
 
-# %% ../nbs/06_kernels.ipynb #14c86264
+# %% ../nbs/06_kernels.ipynb #edbbc885
 class CPUBlock(ConvNeXtBlock):
-    "A block for a CPU with oneDNN: (N, H, W, C) throughout, fused products at inference, a faster gradient to the depthwise weights."
+    "A block for a CPU with oneDNN: (N, H, W, C) throughout, fused products at inference, faster depthwise gradients."
     def forward(self, x):                                       # (N, C, H, W)
         x = nhwc(x)
-        if keeps_nothing(self) and FUSED_LINEAR and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16):
+        if keeps_nothing(self) and fuses(x):
             y = self.norm(self.conv_dw(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
             y = onednn(onednn(y, self.mlp.fc1, "gelu"), self.mlp.fc2, "none")
         else: y = self.drop_path(self.mlp(self.norm(depthwise_conv(x, self.conv_dw.weight, self.conv_dw.bias))))
         x = x + y if self.gamma is None else torch.addcmul(x, y, self.gamma)
         return x.permute(0, 3, 1, 2)                            # (N, C, H, W)
 
-# %% ../nbs/06_kernels.ipynb #ca90eedb
-FASTER = {(ConvNeXtBlock, "cuda"): (FusedBlock, TritonBlock), (LayerNorm2d, "cuda"): (TritonNorm2d,), (ConvNeXtBlock, "cpu"): (CPUBlock,)}
+# %% ../nbs/06_kernels.ipynb #9604c744
+FASTER = {(ConvNeXtBlock, "cuda"): (FusedBlock, TritonBlock), (LayerNorm2d, "cuda"): (TritonNorm2d,),
+          (ConvNeXtBlock, "cpu"): (CPUBlock,)}
 PLAIN = {fast: plain for (plain, _), classes in FASTER.items() for fast in classes}
 
 def candidates(
     m: nn.Module,  # of any class
 ) -> tuple:        # of classes, the first preferred
     "Faster classes for `m` on the device that it is on; none where no kernel applies."
-    if type(m) not in PLAIN.values() or isinstance(m, ConvNeXtBlock) and m.conv_dw.kernel_size[0] > 11: return ()  # K * K taps would not fit into registers
+    if type(m) not in PLAIN.values(): return ()
+    if type(m) is ConvNeXtBlock and m.conv_dw.kernel_size[0] > 11: return ()  # K * K taps would not fit into registers
     return FASTER.get((type(m), next(m.parameters()).device.type), ())
 
 def restore(
@@ -618,7 +646,7 @@ def restore(
     for m in model.modules(): m.__class__ = PLAIN.get(type(m), type(m))
     return model
 
-# %% ../nbs/06_kernels.ipynb #77eb1ee2
+# %% ../nbs/06_kernels.ipynb #deae290e
 _FASTEST = {}  # what was measured in this process
 
 def seconds(m, x):
@@ -631,8 +659,9 @@ def seconds(m, x):
 
 def fastest(m, x, rounds=9):
     "The class with which a copy of `m` is fastest on `x`; the classes take turns, the median counts, two rounds warm up."
-    kind = x.device.type
-    key = type(m), *(p.shape for p in m.parameters()), x.shape, x.stride(), x.dtype, x.device, m.training, torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
+    autocast = torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type)
+    shapes = [(p.shape, p.dtype) for p in m.parameters()]
+    key = type(m), *shapes, x.shape, x.stride(), x.dtype, x.device, m.training, autocast
     if key not in _FASTEST:
         trial, x, times = deepcopy(m), x.detach().requires_grad_(m.training), {c: [] for c in (type(m), *candidates(m))}
         for _ in range(rounds + 2):
@@ -642,14 +671,16 @@ def fastest(m, x, rounds=9):
         _FASTEST[key] = min(times, key=lambda c: median(times[c][2:]))
     return _FASTEST[key]
 
-# %% ../nbs/06_kernels.ipynb #71045bc0
+# %% ../nbs/06_kernels.ipynb #d63135d8
 def accelerate(
     model: nn.Module,                    # a network of `convnext_nb`, changed in place
-    images: torch.Tensor | None = None,  # (N, in_chans, H, W), as they will come: measure on them; None: take the first candidates
+    images: torch.Tensor | None = None,  # (N, in_chans, H, W), as they will come: measure; None: first candidates
 ) -> nn.Module:                          # `model`
     "Give the blocks and norms of `model` the fastest `forward` for its device; before `torch.compile`, after `.to(device)`."
     parts = [m for m in restore(model).modules() if type(m) in PLAIN.values()]
-    if not parts: raise ValueError(f"{type(model).__name__} has no ConvNeXtBlock or LayerNorm2d to accelerate; load its weights into create_model(...) first")
+    if not parts:
+        raise ValueError(f"{type(model).__name__} has no ConvNeXtBlock or LayerNorm2d to accelerate; "
+                         "load its weights into create_model(...) first")
     chosen = {m: candidates(m)[0] for m in parts if candidates(m)}
     if images is not None:
         seen = {}

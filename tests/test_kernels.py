@@ -64,3 +64,12 @@ def test_torch_compile_takes_them_whole(cls):
         for a, b in zip(*grads): torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
         with torch.no_grad(): torch.testing.assert_close(fast(x), grads[1][0], rtol=1e-3, atol=1e-5)
 
+
+
+def test_inductor_takes_an_accelerated_network():
+    "A compiler that owns the products must not meet operations that want to own the weights."
+    net = create_model("convnext_tiny", depths=(1, 1, 1, 1), dims=(8, 16, 24, 32), num_classes=5).eval()
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = net(x)
+        torch.testing.assert_close(torch.compile(kernels.accelerate(net))(x), expected, rtol=1e-3, atol=1e-5)
