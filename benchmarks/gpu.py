@@ -1,8 +1,9 @@
 """Everything that needs a GPU, in stages of at most 9 minutes: python benchmarks/gpu.py STAGE   (or: make gpu STAGE=...)
 
     test    the notebooks with their `cuda` cells, then pytest
-    bench   convnext_tiny beside timm, torchvision and Meta's layout: benchmarks/throughput.py
-    compile the same under torch.compile
+    bench   convnext_tiny, accelerated too, beside timm, torchvision, Hugging Face, Meta's layout and the hardware: benchmarks/throughput.py
+    compile the same under torch.compile, channels_last alone; what it compiled stays in torch's cache, so if its time runs out, call it again
+    kernels the Triton kernels beside PyTorch, stage by stage: benchmarks/kernels.py
     data    batches from memory beside torchvision's, and how long a training step waits: benchmarks/data.py
     cifar   CIFAR-10 from scratch at full scale: benchmarks/cifar10.py, the presets cifar10-fast and cifar10 with eight seeds each
     best    the preset cifar10-best, three seeds, one or more at a time
@@ -30,7 +31,9 @@ STAGES = {
     "test": [[sys.executable, "-c", "from nbdev.test import nbdev_test; nbdev_test(flags='cuda', n_workers=1)"],
              [sys.executable, "-m", "pytest", "-q", "-ra", "tests"]],
     "bench": [[sys.executable, "benchmarks/throughput.py", "--dtypes", "bfloat16"]],
-    "compile": [[sys.executable, "benchmarks/throughput.py", "--dtypes", "bfloat16", "--formats", "channels_last", "--compile"]],
+    "compile": [[sys.executable, "benchmarks/throughput.py", "--dtypes", "bfloat16", "--formats", "channels_last", "--codes", "compiled",
+                 "--name", "throughput_cuda_compiled"]],
+    "kernels": [[sys.executable, "benchmarks/kernels.py"]],
     "data": [[sys.executable, "benchmarks/data.py", "--batch_size", "512"]],
     "cifar": [[sys.executable, "benchmarks/cifar10.py", "--presets", "cifar10-fast", "--seeds", "8", "--compiled", "--stock", "--minutes", "5", *data],
               [sys.executable, "benchmarks/cifar10.py", "--presets", "cifar10", "--seeds", "8", "--compiled", "--minutes", "3.5", *data]],

@@ -461,7 +461,7 @@ def test_benchmark_and_gpu_stage_run_on_the_cpu(tmp_path):
         result = json.loads((results / f"{extra[-1]}.json").read_text())
         assert [(s["memory_format"], s["mode"]) for s in result["settings"]] == [(f, m) for f in ("contiguous", "channels_last") for m in ("forward", "training step")]
         for s in result["settings"]:
-            assert s["networks"]["ours"]["ratio"] == 1 and s["networks"].keys() >= {"timm", "Meta's layout"}
+            assert s["networks"]["ours"]["ratio"] == 1 and s["networks"].keys() >= {"timm", "Hugging Face", "Meta's layout"}
             assert all(r["low"] <= r["ratio"] <= r["high"] for r in s["networks"].values())
         assert (results / f"{extra[-1]}.png").exists()
     finally:
