@@ -39,7 +39,7 @@ export: $(VENV)/.installed-dev  ## notebooks -> package and README; badges from 
 
 readme: export  ## README.md from nbs/index.ipynb
 
-gpu:  ## on a CUDA machine, with the Python at hand: STAGE=test|bench|compile|kernels|data|cifar|best|study|ladder|all, at most 9 minutes each
+gpu:  ## on a CUDA machine, with the Python at hand: STAGE=test|triton|bench|compile|kernels|data|cifar|best|study|ladder|all, at most 9 minutes each
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu.py $(STAGE) $(ARGS)
 
 clean:  ## remove the environment, the runs and what building leaves

@@ -1,6 +1,7 @@
 """Everything that needs a GPU, in stages of at most 9 minutes: python benchmarks/gpu.py STAGE   (or: make gpu STAGE=...)
 
-    test    the notebooks with their `cuda` cells, then pytest
+    test    the notebooks with their `cuda` cells but chapter 06, then pytest
+    triton  chapter 06 with its `cuda` cells: every kernel compiled, tuned, and beside PyTorch
     bench   convnext_tiny, accelerated too, beside timm, torchvision, Hugging Face, Meta's layout and the hardware: benchmarks/throughput.py
     compile the same under torch.compile, channels_last alone; what it compiled stays in torch's cache, so if its time runs out, call it again
     kernels the Triton kernels beside PyTorch, stage by stage: benchmarks/kernels.py
@@ -28,12 +29,13 @@ LIMIT = 540  # seconds, for each stage
 tree = os.environ.get("CONVNEXT_NB_CIFAR10")
 data = ["--data_dir", tree] if tree else []
 STAGES = {
-    "test": [[sys.executable, "-c", "from nbdev.test import nbdev_test; nbdev_test(flags='cuda', n_workers=1)"],
+    "test": [[sys.executable, "-c", "from nbdev.test import nbdev_test; nbdev_test(flags='cuda', n_workers=1, skip_file_re=r'^[_.]|^06')"],
              [sys.executable, "-m", "pytest", "-q", "-ra", "tests"]],
+    "triton": [[sys.executable, "-c", "from nbdev.test import nbdev_test; nbdev_test('nbs/06_kernels.ipynb', flags='cuda', n_workers=1, do_print=True)"]],
     "bench": [[sys.executable, "benchmarks/throughput.py", "--dtypes", "bfloat16"]],
     "compile": [[sys.executable, "benchmarks/throughput.py", "--dtypes", "bfloat16", "--formats", "channels_last", "--codes", "compiled",
                  "--name", "throughput_cuda_compiled"]],
-    "kernels": [[sys.executable, "benchmarks/kernels.py"]],
+    "kernels": [[sys.executable, "benchmarks/kernels.py", "--dtypes", "bfloat16", "float32"]],
     "data": [[sys.executable, "benchmarks/data.py", "--batch_size", "512"]],
     "cifar": [[sys.executable, "benchmarks/cifar10.py", "--presets", "cifar10-fast", "--seeds", "8", "--compiled", "--stock", "--minutes", "5", *data],
               [sys.executable, "benchmarks/cifar10.py", "--presets", "cifar10", "--seeds", "8", "--compiled", "--minutes", "3.5", *data]],
@@ -52,7 +54,7 @@ def main(stage="all", *extra):
     for name in STAGES if stage == "all" else [stage]:
         end = time.monotonic() + LIMIT
         for command in STAGES[name]:
-            if name == stage != "test": command = [*command, *extra]  # with `all`, each stage keeps its own values
+            if name == stage not in ("test", "triton"): command = [*command, *extra]  # with `all`, each stage keeps its own values
             print("+", " ".join(command), flush=True)
             try: subprocess.run(command, cwd=ROOT, env=env, timeout=end - time.monotonic(), check=True)
             except subprocess.CalledProcessError as e: sys.exit(f"gpu.py: error: stage {name} failed with status {e.returncode}")

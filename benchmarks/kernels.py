@@ -28,7 +28,7 @@ ap.add_argument("--model", default="convnext_tiny")
 ap.add_argument("--image_size", type=int, default=224)
 ap.add_argument("--batch_size", type=int, help="default: 4 on a CPU, 256 on a GPU")
 ap.add_argument("--rounds", type=int, default=15)
-ap.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16", "float16"], help="of weights and maps")
+ap.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16", "float16"], help="other than float32: autocast")
 ap.add_argument("--device")
 ap.add_argument("--name", help="of the result; default: kernels_<device>")
 
@@ -71,7 +71,7 @@ def measure(runs, x, mode, rounds):
         start = time.perf_counter()
         for _ in range(calls):
             with torch.set_grad_enabled(training):
-                y = m(inputs)
+                with torch.autocast(x.device.type, x.dtype, enabled=x.dtype != torch.float32): y = m(inputs)
                 if training: torch.autograd.grad(y, [inputs, *m.parameters()], torch.ones_like(y))
         if x.is_cuda: torch.cuda.synchronize()
         return (time.perf_counter() - start) / calls
@@ -104,7 +104,7 @@ def main():
             torch.manual_seed(0)
             size = a.image_size // (4 * 2 ** stage)
             x = torch.randn(a.batch_size, dim, size, size, device=device, dtype=getattr(torch, dtype))
-            block = randomize(ConvNeXtBlock(dim)).to(x)
+            block = randomize(ConvNeXtBlock(dim)).to(device)
             for part, runs in variants(block).items():
                 for mode in ("inference", "training"):
                     rows = measure(runs, x, mode, a.rounds)
