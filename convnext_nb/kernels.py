@@ -672,7 +672,7 @@ def restore(
     for m in model.modules(): m.__class__ = PLAIN.get(type(m), type(m))
     return model
 
-# %% ../nbs/06_kernels.ipynb #8f67f65e
+# %% ../nbs/06_kernels.ipynb #1bcc9896
 def seconds(m, x):
     "Of one call of `m`, with its gradients while it trains."
     with torch.cuda.device_of(x), torch.set_grad_enabled(m.training):
@@ -687,6 +687,7 @@ def kind_of(m, x):
     shapes = [(p.shape, p.dtype, p.requires_grad) for p in m.parameters()]
     return type(m), *shapes, x.shape, x.stride(), x.dtype, x.device, m.training, autocast
 
+# %% ../nbs/06_kernels.ipynb #dd7f9cd8
 def fastest(m, x, rounds=9):
     "The class with which a copy of `m` is fastest on `x`; the classes take turns, the median counts, two rounds warm up."
     fast = candidates(m)[:1] if m.training else candidates(m)  # they differ at inference only
@@ -697,6 +698,7 @@ def fastest(m, x, rounds=9):
             taken.append(seconds(trial, x))
     return min(times, key=lambda c: median(times[c][2:]))
 
+# %% ../nbs/06_kernels.ipynb #bc04d152
 def seen_by(parts, model, images):
     "The input of each of `parts` when `model` runs on `images`, one for each kind; random numbers are drawn as if nothing had run."
     kinds, inputs = {}, {}
