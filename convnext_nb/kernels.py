@@ -617,22 +617,23 @@ class TritonNorm2d(LayerNorm2d):
     def forward(self, x):                                       # (N, C, H, W)
         return layer_norm(nhwc(x), self.weight, self.bias, self.eps).permute(0, 3, 1, 2)
 
-# %% ../nbs/06_kernels.ipynb #7fa5d920
+# %% ../nbs/06_kernels.ipynb #1a07c274
 FUSED_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # private; without it plain code runs
 
 def fuses(x):
-    "Can `onednn` be asked? Not inside torch.compile, which fuses by itself and wants to own the weights."
-    if torch.compiler.is_compiling() or FUSED_LINEAR is None or x.device.type != "cpu": return False
+    "Can `onednn` be asked?"
+    if FUSED_LINEAR is None or x.device.type != "cpu": return False
     return x.dtype == torch.float32 or x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 def onednn(x, fc, act):
     "A Linear, then `act`, in one pass of oneDNN."
     return FUSED_LINEAR(x, fc.weight.to(x.dtype), fc.bias.to(x.dtype), act, [], "none")
 
-# %% ../nbs/06_kernels.ipynb #fd5afae5
+# %% ../nbs/06_kernels.ipynb #80a964a0
 class CPUBlock(ConvNeXtBlock):
     "A block for a CPU with oneDNN: (N, H, W, C) throughout, fused products at inference, faster depthwise gradients."
     def forward(self, x):                                       # (N, C, H, W)
+        if keeps_nothing(self) and torch.compiler.is_compiling(): return super().forward(x)  # the compiler fuses by itself
         x = nhwc(x)
         if keeps_nothing(self) and fuses(x):
             y = self.norm(self.conv_dw(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
