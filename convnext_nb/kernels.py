@@ -571,7 +571,7 @@ def linear_residual(
 @linear_residual.register_fake
 def _(x, weight, bias, gamma, shortcut): return x.new_empty(*x.shape[:-1], len(weight))
 
-# %% ../nbs/06_kernels.ipynb #174e912d
+# %% ../nbs/06_kernels.ipynb #242ab2fe
 def nhwc(x):
     "(N, C, H, W) to contiguous (N, H, W, C), in autocast's dtype if that is on."
     kind = x.device.type
@@ -579,7 +579,8 @@ def nhwc(x):
     return x.permute(0, 2, 3, 1).contiguous()
 
 def gamma_of(block, x): return x.new_ones(x.shape[-1]) if block.gamma is None else block.gamma
-def keeps_nothing(block): return not (torch.is_grad_enabled() or block.training or len(block.mlp) == 4)  # four: with GRN
+def has_grn(block): return len(block.mlp) == 4
+def keeps_nothing(block): return not (torch.is_grad_enabled() or block.training or has_grn(block))
 
 # %% ../nbs/06_kernels.ipynb #5f411117
 def branch(block, x):
@@ -593,14 +594,14 @@ def products(block, x, y):
     y = linear_gelu(y, fc1.weight, fc1.bias)
     return linear_residual(y, fc2.weight, fc2.bias, gamma_of(block, x), x)
 
-# %% ../nbs/06_kernels.ipynb #fa19e895
+# %% ../nbs/06_kernels.ipynb #3de32c56
 class TritonBlock(ConvNeXtBlock):
     "A block of our kernels around torch's matrix products."
     def forward(self, x):                                       # (N, C, H, W)
         x, p = nhwc(x), self.drop_path.drop_prob * self.training
         y = branch(self, x)
         y = bias_gelu(F.linear(y, self.mlp.fc1.weight), self.mlp.fc1.bias)
-        if len(self.mlp) == 4: y = self.mlp.grn(y)
+        if has_grn(self): y = self.mlp.grn(y)
         y = F.linear(y, self.mlp.fc2.weight)
         keep = x.new_empty(len(x), dtype=sum_dtype(x)).bernoulli_(1 - p).div_(1 - p) if p else None
         return scale_residual(x, y, self.mlp.fc2.bias, gamma_of(self, x), keep).permute(0, 3, 1, 2)
@@ -642,7 +643,7 @@ class CPUBlock(ConvNeXtBlock):
         x = x + y if self.gamma is None else torch.addcmul(x, y, self.gamma.to(x.dtype))
         return x.permute(0, 3, 1, 2)                            # (N, C, H, W)
 
-# %% ../nbs/06_kernels.ipynb #bbb4fbaa
+# %% ../nbs/06_kernels.ipynb #2d352d99
 FASTER = {(ConvNeXtBlock, "cuda"): (FusedBlock, TritonBlock), (LayerNorm2d, "cuda"): (TritonNorm2d,),
           (ConvNeXtBlock, "cpu"): (CPUBlock,)}
 PLAIN = {fast: plain for (plain, _), classes in FASTER.items() for fast in classes}
@@ -654,7 +655,8 @@ def usual(m):
     if type(m) is not ConvNeXtBlock: return True
     parts = [p for p in m.modules() if p is not m]
     hooked = any(p._forward_hooks or p._forward_pre_hooks or p._backward_hooks or p._backward_pre_hooks for p in parts)
-    return {type(p) for p in parts} <= PARTS_OF_A_BLOCK and not hooked and m.mlp.act.approximate == "none" and m.conv_dw.kernel_size[0] <= 9
+    if hooked or not {type(p) for p in parts} <= PARTS_OF_A_BLOCK: return False
+    return m.mlp.act.approximate == "none" and m.conv_dw.kernel_size[0] <= 9
 
 # %% ../nbs/06_kernels.ipynb #62400959
 def candidates(
@@ -699,16 +701,17 @@ def fastest(m, x, rounds=9):
             taken.append(seconds(trial, x))
     return min(times, key=lambda c: median(times[c][2:]))
 
-# %% ../nbs/06_kernels.ipynb #bc04d152
+# %% ../nbs/06_kernels.ipynb #ba1f8db4
 def seen_by(parts, model, images):
-    "The input of each of `parts` when `model` runs on `images`, one for each kind; random numbers are drawn as if nothing had run."
+    "The kind of each of `parts`, and one input for each kind, when `model` runs on `images`; the generators stay where they are."
     kinds, inputs = {}, {}
     def note(m, args):
         kinds[m] = kind_of(m, args[0])
         inputs.setdefault(kinds[m], (m, args[0]))
     hooks = [m.register_forward_pre_hook(note) for m in parts]
     try:
-        with torch.random.fork_rng([images.device] if images.is_cuda else []), torch.inference_mode(False), torch.no_grad(): model(images)
+        with torch.random.fork_rng([images.device] if images.is_cuda else []), torch.inference_mode(False), torch.no_grad():
+            model(images)
     finally:
         for h in hooks: h.remove()
     return kinds, inputs
