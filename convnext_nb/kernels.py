@@ -221,7 +221,7 @@ def residual_grad_kernel(y, b, gamma, keep, g, dy, out, P, pixels, D: tl.constex
     tl.store(row, total(db, 0), mask=mine)
     tl.store(row + D, total(dgamma, 0), mask=mine)
 
-# %% ../nbs/06_kernels.ipynb #62f0af6d
+# %% ../nbs/06_kernels.ipynb #064ce45e
 @custom_op("convnext_nb::scale_residual", mutates_args=())
 def scale_residual(
     x: torch.Tensor,                   # (N, ..., D), the shortcut
@@ -232,18 +232,19 @@ def scale_residual(
 ) -> torch.Tensor:                     # like `x`
     "x + keep * gamma * (y + bias) in one pass."
     if x.shape != y.shape: raise ValueError(f"a shortcut of shape {tuple(x.shape)} and a branch of shape {tuple(y.shape)}; they must agree")
+    if keep is not None and keep.shape != x.shape[:1]: raise ValueError(f"keep has shape {tuple(keep.shape)}; give ({len(x)},)")
     (x, bias, gamma), y, D = checked(x, bias, gamma), y.contiguous(), len(gamma)
     if not on_triton(x):
         scale = gamma if keep is None else gamma * keep.view(-1, *[1] * (x.ndim - 1))
         return torch.addcmul(x, y + bias.to(x.dtype), scale.to(x.dtype))
-    out, P = torch.empty_like(x), x.numel() // D
+    out, P, keep = torch.empty_like(x), x.numel() // D, None if keep is None else keep.contiguous()
     launch(residual_kernel, tiles_of(P, D), x, y, bias, gamma, keep, out, P, math.prod(x.shape[1:-1]), D=D)
     return out
 
 @scale_residual.register_fake
 def _(x, y, bias, gamma, keep=None): return same(x)
 
-# %% ../nbs/06_kernels.ipynb #2878d8c0
+# %% ../nbs/06_kernels.ipynb #d6d18b24
 @custom_op("convnext_nb::scale_residual_grad", mutates_args=())
 def scale_residual_grad(y: torch.Tensor, bias: torch.Tensor, gamma: torch.Tensor, keep: torch.Tensor | None,
                         g: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -254,7 +255,7 @@ def scale_residual_grad(y: torch.Tensor, bias: torch.Tensor, gamma: torch.Tensor
         up = g if keep is None else g * keep.view(-1, *[1] * (g.ndim - 1)).to(g.dtype)
         dy, dgamma = up * gamma.to(g.dtype), up * (y + bias.to(y.dtype))
         return dy, dy.view(-1, D).sum(0, dtype=bias.dtype), dgamma.view(-1, D).sum(0, dtype=gamma.dtype)
-    sums = partial_sums(y, P, 2, D)
+    sums, keep = partial_sums(y, P, 2, D), None if keep is None else keep.contiguous()
     launch(residual_grad_kernel, tiles_of(P, D, len(sums)), y, bias, gamma, keep, g, dy, sums, P, math.prod(y.shape[1:-1]), D=D)
     db, dgamma = sums.sum(0)
     return dy, db.to(bias.dtype, copy=True), dgamma.to(gamma.dtype, copy=True)
@@ -516,7 +517,7 @@ def product(x, w, p, o, P, I: tl.constexpr, O: tl.constexpr, ACC: tl.constexpr,
         v = tl.dot(xs, ws, v, input_precision="ieee", out_dtype=ACC)
     return v
 
-# %% ../nbs/06_kernels.ipynb #cab17633
+# %% ../nbs/06_kernels.ipynb #9270e03a
 @tuned(MATMULS, ["I", "O", "GELU"])
 @triton.jit
 def linear_kernel(x, w, b, gamma, shortcut, y, P, I: tl.constexpr, O: tl.constexpr, GELU: tl.constexpr,
@@ -534,7 +535,9 @@ def linear_kernel(x, w, b, gamma, shortcut, y, P, I: tl.constexpr, O: tl.constex
 
 def linear(x, weight, bias, gamma, shortcut):
     (O, I), x, weight = weight.shape, x.contiguous(), weight.to(x.dtype).contiguous()
-    if x.shape[-1] != I: raise ValueError(f"a weight of shape {(O, I)} for a map of {x.shape[-1]} channels")
+    wrong = x.shape[-1] != I or any(t is not None and t.shape != (O,) for t in (bias, gamma))
+    if wrong or shortcut is not None and shortcut.shape != (*x.shape[:-1], O):
+        raise ValueError(f"a weight of shape {(O, I)} wants maps of {I} channels, and parameters and a shortcut of {O}")
     P, y = x.numel() // I, x.new_empty(*x.shape[:-1], O)
     def grid(m): return (triton.cdiv(P, m["PIXELS"]) * triton.cdiv(O, m["OUT"]),)
     launch(linear_kernel, grid, x, weight, bias, gamma, shortcut, y, P, I=I, O=O, GELU=gamma is None)
@@ -594,7 +597,7 @@ def products(block, x, y):
     y = linear_gelu(y, fc1.weight, fc1.bias)
     return linear_residual(y, fc2.weight, fc2.bias, gamma_of(block, x), x)
 
-# %% ../nbs/06_kernels.ipynb #3de32c56
+# %% ../nbs/06_kernels.ipynb #4d5f94d1
 class TritonBlock(ConvNeXtBlock):
     "A block of our kernels around torch's matrix products."
     def forward(self, x):                                       # (N, C, H, W)
@@ -609,7 +612,8 @@ class TritonBlock(ConvNeXtBlock):
 class FusedBlock(TritonBlock):
     "A TritonBlock that at inference multiplies with our kernels, too, and applies GELU and the tail on the way."
     def forward(self, x):                                       # (N, C, H, W)
-        if not keeps_nothing(self): return super().forward(x)
+        half = x.dtype.itemsize == 2 or x.is_cuda and torch.is_autocast_enabled("cuda")
+        if not keeps_nothing(self) or x.is_cuda and not half: return super().forward(x)  # float32 products are the library's
         x = nhwc(x)
         return products(self, x, branch(self, x)).permute(0, 3, 1, 2)
 

@@ -70,7 +70,6 @@ def test_torch_compile_takes_them_whole(cls):
         net.train(), plain.train()
 
 
-
 def test_inductor_takes_an_accelerated_network():
     "A compiler that owns the products must not meet operations that want to own the weights."
     net = create_model("convnext_tiny", depths=(1, 1, 1, 1), dims=(8, 16, 24, 32), num_classes=5).eval()
