@@ -1,12 +1,15 @@
-# The two commands are `make train` and `make test`; `make help` lists the rest. They need python3 >= 3.10 and a C compiler.
+# The two commands are `make train` and `make test`; `make help` lists the rest.
+# They need python3 >= 3.10 and a C compiler.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 ARGS   ?=
 STAGE  ?= all
+TESTS  ?= tests
+PYTEST ?= $(BIN)/python -m pytest -q -ra -n 2 --dist worksteal -o tmp_path_retention_policy=failed
 
 .DEFAULT_GOAL := help
-.PHONY: help train test export readme gpu clean
+.PHONY: help train lab test lint export readme gpu clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -27,10 +30,18 @@ $(VENV)/.installed-dev: settings.ini setup.py | $(BIN)/python
 train: $(VENV)/.installed  ## train on the embedded digits; ARGS="--dataset cifar10 --epochs 30" trains on something else
 	$(BIN)/convnext-train $(ARGS)
 
-# Two notebooks at a time on two cores would fight for them: each worker gets one thread.
-test: $(VENV)/.installed-dev  ## run every notebook, then pytest
-	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --timing
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -q -ra -o tmp_path_retention_policy=failed tests
+lab: $(VENV)/.installed-dev  ## read and run the chapters in JupyterLab
+	JUPYTER_PREFER_ENV_PATH=1 $(BIN)/jupyter lab --notebook-dir=nbs $(ARGS)
+
+# Two notebooks, then two tests at a time: on two cores each gets one thread. What needs a GPU or a
+# network (`slow`, `cuda`) runs too: it asks first, and says what it left out.
+test: $(VENV)/.installed-dev lint  ## lint, run every notebook, then pytest; TESTS=tests/test_runs.py names some
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --flags "slow cuda" --timing
+	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(PYTEST) $(TESTS)
+
+lint: $(VENV)/.installed-dev  ## errors, unused names, import order, likely bugs, long lines: .ruff.toml
+	$(BIN)/ruff check nbs/*.ipynb convnext_nb
+	$(BIN)/ruff check --line-length 100 nbs/_book.py tests benchmarks setup.py
 
 export: $(VENV)/.installed-dev  ## notebooks -> package and README; badges from settings.ini
 	$(BIN)/python nbs/_book.py
@@ -39,7 +50,8 @@ export: $(VENV)/.installed-dev  ## notebooks -> package and README; badges from 
 
 readme: export  ## README.md from nbs/index.ipynb
 
-gpu:  ## on a CUDA machine, with the Python at hand: STAGE=test|triton|bench|compile|kernels|data|cifar|best|study|ladder|all, at most 9 minutes each
+# STAGE: test triton bench compile kernels data cifar best study ladder all
+gpu:  ## on a CUDA machine, with the Python at hand: STAGE=..., at most 9 minutes each (benchmarks/gpu.py)
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu.py $(STAGE) $(ARGS)
 
 clean:  ## remove the environment, the runs and what building leaves

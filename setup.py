@@ -1,6 +1,7 @@
 "Packaging from settings.ini, which holds every fact about the project once."
 from configparser import ConfigParser
 from pathlib import Path
+
 from setuptools import setup
 
 cfg = ConfigParser(delimiters=["="])

@@ -1,5 +1,6 @@
 "What every result says about where it comes from, and what several benchmarks do."
 import json
+import math
 import os
 import platform
 import random
@@ -7,7 +8,8 @@ import statistics
 import subprocess
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import replace
 from functools import cache
 from multiprocessing import get_context
@@ -17,84 +19,151 @@ import torch
 import torchvision
 
 import convnext_nb
-from convnext_nb.data import DataConfig, MemoryLoader, hold_out, pick_device, read_parts, stratified_split
-from convnext_nb.train import Run, train_epoch
+from convnext_nb.data import DataConfig, MemoryLoader, hold_out, load_splits, stratified_split
+from convnext_nb.pretrained import atomic_write
+from convnext_nb.train import Run, fit
 
 RESULTS = Path(__file__).parent / "results"
 
 
-def _cpu():
+def make_parser(doc, result, **options) -> ArgumentParser:
+    "A parser with the options that every benchmark has; `result` is the stem of its results."
+    parser = ArgumentParser(description=doc, formatter_class=RawDescriptionHelpFormatter, **options)
+    parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    parser.add_argument("--name", help=f"of the result (default: {result}_<device>)")
+    return parser
+
+
+def cpu_name():
     "Name of the processor, where the system tells."
-    try: return next(l.split(":")[1].strip() for l in Path("/proc/cpuinfo").read_text().splitlines() if l.startswith("model name"))
-    except (OSError, StopIteration): return platform.processor()
+    try: lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError: lines = []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
 
 
-def environment(device) -> dict:
-    "Machine, versions, commit and command of this process."
-    git = lambda *a: subprocess.run(["git", *a], capture_output=True, text=True, cwd=RESULTS).stdout.strip()
+def git(*args):
+    "What git says about this checkout."
+    done = subprocess.run(["git", *args], capture_output=True, text=True, cwd=RESULTS)
+    return done.stdout.strip()
+
+
+def environment(device, data_dir=None) -> dict:
+    "Machine, versions, commit and command of this process; the folder of the data is TREE."
+    command = " ".join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
+    changes = "+changes" if git("status", "--porcelain") else ""
     cuda = torch.device(device).type == "cuda"
-    return dict(command=" ".join(["python", *(os.path.relpath(sys.argv[0]), *sys.argv[1:])]),
-                commit=git("rev-parse", "--short", "HEAD") + ("+changes" if git("status", "--porcelain") else ""),
-                device=torch.cuda.get_device_name(device) if cuda else _cpu(), cores=len(os.sched_getaffinity(0)), threads=torch.get_num_threads(),
-                python=platform.python_version(), torch=torch.__version__, torchvision=torchvision.__version__, convnext_nb=convnext_nb.__version__)
+    return dict(
+        command=command.replace(data_dir, "TREE") if data_dir else command,
+        commit=git("rev-parse", "--short", "HEAD") + changes,
+        device=torch.cuda.get_device_name(device) if cuda else cpu_name(),
+        cores=len(os.sched_getaffinity(0)), threads=torch.get_num_threads(),
+        python=platform.python_version(), torch=torch.__version__,
+        torchvision=torchvision.__version__, convnext_nb=convnext_nb.__version__)
 
 
-def write(name: str, **result) -> Path:
-    "benchmarks/results/<name>.json"
-    path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
+def result_path(name, ending=".json") -> Path:
+    "benchmarks/results/<name><ending>"
+    return RESULTS / f"{name}{ending}"
+
+
+def read_result(name) -> dict:
+    "The result of that name; empty if there is none yet."
+    path = result_path(name)
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def write_result(name, **result) -> Path:
+    "Write the result as JSON, whole or not at all."
+    path, text = result_path(name), json.dumps(result, indent=1) + "\n"
+    atomic_write(path, lambda tmp: tmp.write_text(text))
     return path
 
 
-def interval(ratios, draws=2000):
-    "Median of the ratios and the 95% interval of that median."
+def autocast(device, dtype):
+    "torch.autocast to `dtype`; float32: none."
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def seconds_of(device, f, *args):
+    "Seconds that `f(*args)` takes, the device's work included."
+    if device.type == "cuda": torch.cuda.synchronize()
+    start = time.perf_counter()
+    f(*args)
+    if device.type == "cuda": torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def interleaved(names, rounds, seconds=math.inf, least=3):
+    """Pairs of round and name: every name in every round, in a random order, so that what the
+    machine does meanwhile, it does to all. After `seconds` no further round begins, once `least`
+    are done."""
+    order, end = random.Random(0), time.monotonic() + seconds
+    for done in range(rounds):
+        if done >= least and time.monotonic() >= end: return
+        for name in order.sample(names, len(names)): yield done, name
+
+
+def median_ratio(ratios, draws=2000):
+    "Median of the ratios of all rounds, and the 95% interval of that median, by bootstrap."
     rng = random.Random(0)
-    medians = sorted(statistics.median(rng.choices(ratios, k=len(ratios))) for _ in range(draws))
-    return dict(ratio=statistics.median(ratios), low=medians[int(.025 * draws)], high=medians[int(.975 * draws)])
+    samples = (rng.choices(ratios, k=len(ratios)) for _ in range(draws))
+    medians = sorted(map(statistics.median, samples))
+    low, high = medians[int(.025 * draws)], medians[int(.975 * draws)]
+    return dict(ratio=statistics.median(ratios), low=low, high=high)
 
 
 @cache
-def images(data_dir, fraction):
-    "CIFAR-10: the part of the training images that is trained on, the 5,000 that are held out, and the facts."
-    torch.set_num_threads(1)
-    cfg = DataConfig("imagefolder" if data_dir else "cifar10", data_dir or "data", seed=0)  # the same split for every seed of a run
-    parts, info = read_parts(cfg)
-    parts = hold_out(parts, cfg)
-    x, y = parts["train"]
-    if fraction < 1: x, y = (t[stratified_split(y, 1 - fraction, 0)[0]] for t in (x, y))
-    return (x, y), parts["val"], info
+def cifar10_splits(data_dir, fraction):
+    "Images and labels to train on, the 5,000 held out of the training images, and the facts."
+    cfg = DataConfig("imagefolder" if data_dir else "cifar10", data_dir or "data", seed=0)
+    splits, info = load_splits(cfg)
+    splits = hold_out(splits, cfg)  # the same for every seed of a run
+    images, labels = splits["train"]
+    if fraction < 1:
+        kept, _ = stratified_split(labels, 1 - fraction, 0)
+        images, labels = images[kept], labels[kept]
+    return (images, labels), splits["val"], info
 
 
-def fit(cfg, data_dir, fraction, model=None):
-    "Train on CIFAR-10: the run, the loader of the images held out, and the seconds."
-    (x, y), (val_x, val_y), info = images(data_dir, fraction)
-    train_dl = MemoryLoader(torch.from_numpy(x), y, info, cfg, train=True)
-    val_dl = MemoryLoader(torch.from_numpy(val_x), val_y, info, replace(cfg, batch_size=min(500, len(val_y))))
-    run, clock = Run(cfg, info, len(train_dl), pick_device(cfg.device), model), time.perf_counter()
-    while run.epoch < cfg.epochs:
-        train_epoch(run, train_dl)
-        run.epoch, run.batch = run.epoch + 1, 0
-    return run, val_dl, time.perf_counter() - clock
+def train_on_cifar10(cfg, data_dir, fraction, model=None):
+    "Train on that share of the images: the run, the loader of the images held out, the seconds."
+    (images, labels), (val_images, val_labels), info = cifar10_splits(data_dir, fraction)
+    train_dl = MemoryLoader(torch.from_numpy(images), labels, info, cfg, train=True)
+    val_cfg = replace(cfg, batch_size=min(500, len(val_labels)))
+    val_dl = MemoryLoader(torch.from_numpy(val_images), val_labels, info, val_cfg)
+    run = Run(cfg, info, len(train_dl), torch.device(cfg.device), model)
+    start = time.perf_counter()
+    fit(run, train_dl)
+    return run, val_dl, time.perf_counter() - start
 
 
-def pursue(a, name, how, keys, todo, one, summarize, tell):
-    "The runs of a study: those that the result holds, then `one(*item, a)` for the other items of `todo`, each written down when it ends."
-    device, end = pick_device(a.device), time.monotonic() + 60 * a.minutes
-    a.device, where, path = device.type, environment(device), RESULTS / f"{name}.json"
-    if a.data_dir: where["command"] = where["command"].replace(a.data_dir, "TREE")
-    old = json.loads(path.read_text()) if path.exists() else {}
-    runs = old["runs"] if old.get("how") == how else []  # another study is begun anew
+def run_study(a, name, settings, keys, wanted, train_one, summarize, describe):
+    """The runs of a study: those that the result holds, if it was made with the same `settings`,
+    then `train_one(*item, a)` for every other item of `wanted`. `keys` are the fields of a run
+    that make its item; `describe(run)` is the line that is printed when it ends."""
+    where, old = environment(a.device, a.data_dir), read_result(name)
+    runs = old["runs"] if old.get("how") == settings else []  # another study is begun anew
     done = {tuple(r[k] for k in keys) for r in runs}
-    todo = [item for item in todo if item not in done]
-    jobs = len(os.sched_getaffinity(0)) if device.type == "cpu" else 1
-    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:  # on a CPU, as many runs at once as there are cores, one thread each
-        waiting = set()
-        while todo or waiting:
-            while todo and len(waiting) < jobs and time.monotonic() < end: waiting.add(pool.submit(one, *todo.pop(0), a))
-            if not waiting: break
-            first = next(as_completed(waiting))
-            waiting.remove(first)
-            runs.append(first.result() | dict(commit=where["commit"]))
-            write(name, **where, how=how, summary=summarize(runs), runs=runs)  # after each run: what is stopped keeps what it has
-            print(tell(runs[-1]), flush=True)
+    todo = [item for item in wanted if item not in done]
+    for r in finished(todo, train_one, a):
+        runs.append(r | dict(commit=where["commit"]))
+        # after each run: what is stopped keeps what it has
+        write_result(name, **where, how=settings, summary=summarize(runs), runs=runs)
+        print(describe(r), flush=True)
+    print(f"no time left for {len(todo)} runs" if todo else "nothing left to do")
     return runs
+
+
+def finished(todo, train_one, a):
+    """`train_one(*item, a)` for every item, as they end. An item leaves `todo` when it begins, and
+    after `a.minutes` none does. On a CPU as many at once as there are cores, a thread each."""
+    jobs = len(os.sched_getaffinity(0)) if a.device == "cpu" else 1
+    end, going, spawn = time.monotonic() + 60 * a.minutes, set(), get_context("spawn")
+    with ProcessPoolExecutor(jobs, spawn, torch.set_num_threads, (1,)) as pool:
+        while True:
+            while todo and len(going) < jobs and time.monotonic() < end:
+                going.add(pool.submit(train_one, *todo.pop(0), a))
+            if not going: return
+            ended, going = wait(going, return_when=FIRST_COMPLETED)
+            for future in ended: yield future.result()

@@ -1,64 +1,113 @@
-"""Everything that needs a GPU, in stages of at most 9 minutes: python benchmarks/gpu.py STAGE   (or: make gpu STAGE=...)
+"""Everything that needs a GPU, in stages of at most 9 minutes: python benchmarks/gpu.py STAGE
+(or: make gpu STAGE=...)
 
-    test    the notebooks with their `cuda` cells but chapter 06, then pytest
-    triton  chapter 06 with its `cuda` cells: every kernel compiled, tuned, and beside PyTorch
-    bench   convnext_tiny, accelerated too, beside timm, torchvision, Hugging Face, Meta's layout and the hardware: benchmarks/throughput.py
-    compile the same under torch.compile, channels_last alone; what it compiled stays in torch's cache, so if its time runs out, call it again
+    test    every notebook with its `slow` and `cuda` cells but chapters 06 and 07, then pytest
+    triton  chapters 06 and 07 with these cells: every kernel compiled, tuned, and beside PyTorch
+    bench   convnext_tiny, accelerated too, beside timm, torchvision, Hugging Face, Meta's layout
+            and the hardware: benchmarks/throughput.py
+    compile the same under torch.compile, channels_last alone; what it compiled stays in torch's
+            cache, so if its time runs out, call it again
     kernels the Triton kernels beside PyTorch, stage by stage: benchmarks/kernels.py
-    data    batches from memory beside torchvision's, and how long a training step waits: benchmarks/data.py
-    cifar   CIFAR-10 from scratch at full scale: benchmarks/cifar10.py, the presets cifar10-fast and cifar10 with eight seeds each
+    data    batches from memory beside torchvision's, and how long a training step waits for them:
+            benchmarks/data.py
+    cifar   CIFAR-10 from scratch at full scale: benchmarks/cifar10.py, the presets cifar10-fast and
+            cifar10 with eight seeds each
     best    the preset cifar10-best, three seeds, one or more at a time
     study   one change at a time: benchmarks/cifar10_study.py, at full scale
-    ladder  every rung from ResNet-50 to ConvNeXt-T: its speed at 224, and CIFAR-10 with half the width and all blocks: benchmarks/ladder.py
+    ladder  every rung from ResNet-50 to ConvNeXt-T: its speed at 224, and CIFAR-10 with half the
+            width and all blocks: benchmarks/ladder.py
     all     one after the other
 
-cifar, best, study and ladder go on where their result stops: call them again until they have nothing left to do.
+cifar, best, study and ladder go on where their result stops: call them again until they say that
+nothing is left to do.
 
-It uses the Python that runs it and installs nothing. CIFAR-10 comes from the imagefolder tree that CONVNEXT_NB_CIFAR10 names, or is downloaded.
-Further arguments go to the stage's scripts; `--device cpu` with small values tries one out where there is no GPU.
+It uses the Python that runs it and installs nothing; test and triton need the package's dev extra.
+CIFAR-10 comes from the imagefolder tree that CONVNEXT_NB_CIFAR10 names, or is downloaded. Further
+arguments go to the stage's scripts; `--device cpu` with small values tries one out where there is
+no GPU.
 """
 import os
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 540  # seconds, for each stage
+TRITON_CHAPTERS = "^0[67]_"  # of file names
 
-tree = os.environ.get("CONVNEXT_NB_CIFAR10")
-data = ["--data_dir", tree] if tree else []
+
+def notebooks(**options):
+    "The command that tests notebooks, one at a time, with the cells that are slow or need CUDA."
+    options = dict(flags="slow cuda", n_workers=1, do_print=True) | options
+    return [sys.executable, "-c", f"from nbdev.test import nbdev_test; nbdev_test(**{options!r})"]
+
+
+def script(name, *options):
+    return [sys.executable, f"benchmarks/{name}.py", *options]
+
+
+def on_cifar10(name, minutes, *options):
+    "The command of a script that reads CIFAR-10, for so many minutes."
+    tree = os.environ.get("CONVNEXT_NB_CIFAR10")
+    data = ["--data_dir", tree] if tree else []
+    return script(name, *options, "--minutes", minutes, *data)
+
+
 STAGES = {
-    "test": [[sys.executable, "-c", "from nbdev.test import nbdev_test; nbdev_test(flags='cuda', n_workers=1, skip_file_re=r'^[_.]|^06')"],
+    "test": [notebooks(skip_file_re=f"^[_.]|{TRITON_CHAPTERS}"),
              [sys.executable, "-m", "pytest", "-q", "-ra", "tests"]],
-    "triton": [[sys.executable, "-c", "from nbdev.test import nbdev_test; nbdev_test('nbs/06_kernels.ipynb', flags='cuda', n_workers=1, do_print=True)"]],
-    "bench": [[sys.executable, "benchmarks/throughput.py", "--dtypes", "bfloat16"]],
-    "compile": [[sys.executable, "benchmarks/throughput.py", "--dtypes", "bfloat16", "--formats", "channels_last", "--codes", "compiled",
-                 "--name", "throughput_cuda_compiled"]],
-    "kernels": [[sys.executable, "benchmarks/kernels.py", "--dtypes", "bfloat16", "float32"]],
-    "data": [[sys.executable, "benchmarks/data.py", "--batch_size", "512"]],
-    "cifar": [[sys.executable, "benchmarks/cifar10.py", "--presets", "cifar10-fast", "--seeds", "8", "--compiled", "--stock", "--minutes", "5", *data],
-              [sys.executable, "benchmarks/cifar10.py", "--presets", "cifar10", "--seeds", "8", "--compiled", "--minutes", "3.5", *data]],
-    "best": [[sys.executable, "benchmarks/cifar10.py", "--presets", "cifar10-best", "--seeds", "3", "--minutes", "8.5", *data]],
-    "study": [[sys.executable, "benchmarks/cifar10_study.py", "--fraction", "1", "--epochs", "20", "--minutes", "8", *data]],
-    "ladder": [[sys.executable, "benchmarks/ladder.py", "--speed", "--minutes", "1.5"],
-               [sys.executable, "benchmarks/ladder.py", "--scale", ".5", "--depth", "1", "--fraction", "1", "--epochs", "20", "--batch_size", "128", "--minutes", "5.5", *data]],
+    "triton": [notebooks(file_re=TRITON_CHAPTERS)],
+    "bench": [script("throughput", "--dtypes", "bfloat16")],
+    "compile": [script("throughput", "--dtypes", "bfloat16", "--formats", "channels_last",
+                       "--codes", "compiled", "--name", "throughput_cuda_compiled")],
+    "kernels": [script("kernels", "--dtypes", "bfloat16", "float32")],
+    "data": [script("data", "--batch_size", "512")],
+    "cifar": [
+        on_cifar10("cifar10", "5", "--presets", "cifar10-fast", "--seeds", "8", "--compiled",
+                   "--stock"),
+        on_cifar10("cifar10", "3.5", "--presets", "cifar10", "--seeds", "8", "--compiled")],
+    "best": [on_cifar10("cifar10", "8.5", "--presets", "cifar10-best", "--seeds", "3")],
+    "study": [on_cifar10("cifar10_study", "8", "--fraction", "1", "--epochs", "20")],
+    "ladder": [
+        script("ladder", "--speed", "--minutes", "1.5"),
+        on_cifar10("ladder", "5.5", "--scale", ".5", "--depth", "1", "--fraction", "1",
+                   "--epochs", "20", "--batch_size", "128")],
 }
+NEED_NBDEV = ("test", "triton")
+
+
+def stop(message): sys.exit(f"gpu.py: error: {message}")
+
+
+def run_stage(name, extra):
+    "Run the commands of a stage, all of them within LIMIT seconds."
+    if name in NEED_NBDEV and not find_spec("nbdev"):
+        stop(f"stage {name} needs nbdev, which is not installed; pip install -e '.[dev]'")
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    end = time.monotonic() + LIMIT
+    for command in STAGES[name]:
+        command = [*command, *extra]
+        print("+", " ".join(command), flush=True)
+        left = end - time.monotonic()
+        try: subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": path},
+                            timeout=left, check=True)
+        except subprocess.CalledProcessError as e:
+            stop(f"stage {name} failed with status {e.returncode}")
+        except subprocess.TimeoutExpired:
+            stop(f"stage {name} took more than {LIMIT} s; what it had written stands")
 
 
 def main(stage="all", *extra):
-    if stage not in (*STAGES, "all"): sys.exit(f"gpu.py: error: unknown stage {stage!r}; use {', '.join(STAGES)} or all")
+    if stage not in (*STAGES, "all"):
+        stop(f"unknown stage {stage!r}; use {', '.join(STAGES)} or all")
     import torch
-    if not torch.cuda.is_available() and "cpu" not in extra: sys.exit(f"gpu.py: error: torch {torch.__version__} sees no GPU; --device cpu tries a stage out")
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    for name in STAGES if stage == "all" else [stage]:
-        end = time.monotonic() + LIMIT
-        for command in STAGES[name]:
-            if name == stage not in ("test", "triton"): command = [*command, *extra]  # with `all`, each stage keeps its own values
-            print("+", " ".join(command), flush=True)
-            try: subprocess.run(command, cwd=ROOT, env=env, timeout=end - time.monotonic(), check=True)
-            except subprocess.CalledProcessError as e: sys.exit(f"gpu.py: error: stage {name} failed with status {e.returncode}")
-            except subprocess.TimeoutExpired: sys.exit(f"gpu.py: error: stage {name} took more than {LIMIT} s; what it had written stands")
+    if not torch.cuda.is_available() and "cpu" not in extra:
+        stop(f"torch {torch.__version__} sees no GPU; --device cpu tries a stage out")
+    if stage == "all":  # each stage keeps its own values
+        for name in STAGES: run_stage(name, ())
+    else: run_stage(stage, () if stage in NEED_NBDEV else extra)
 
 
 if __name__ == "__main__": main(*sys.argv[1:])

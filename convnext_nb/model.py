@@ -10,6 +10,7 @@ __all__ = ['VARIANTS', 'Stage', 'ConvNeXt', 'list_models', 'create_model', 'conv
 from collections import OrderedDict
 from copy import deepcopy
 from difflib import get_close_matches
+from numbers import Integral
 
 import torch
 from torch import nn
@@ -17,29 +18,92 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from .blocks import ConvNeXtBlock, Downsample, LayerNorm2d, Stem
+from .blocks import ConvNeXtBlock, Downsample, Stem
 
 # %% ../nbs/01_model.ipynb #88533605
 class Stage(nn.Module):
-    "Downsampling (where `in_dim` is given), then one block for each rate in `drop_path_rates`."
+    "Downsampling where `in_dim` is given, then one block for each drop-path rate."
     def __init__(self,
-        in_dim: int,            # channels in; None: no downsampling
-        dim: int,               # channels out
-        drop_path_rates: list,  # one rate for each block, so its length is the depth
-        norm_eps: float = 1e-6, # LayerNorm's eps
-        **block_kwargs,         # to every `ConvNeXtBlock`
+        in_dim: int,             # channels in; None: no downsampling
+        dim: int,                # channels out
+        drop_path_rates: list,   # one rate for each block, so its length is the depth
+        norm_eps: float = 1e-6,  # LayerNorm's eps
+        **block_kwargs,          # to every `ConvNeXtBlock`
     ):
         super().__init__()
-        self.downsample = nn.Identity() if in_dim is None else Downsample(in_dim, dim, norm_eps)
-        blocks = [ConvNeXtBlock(dim, drop_path=p, norm_eps=norm_eps, **block_kwargs) for p in drop_path_rates]
+        self.downsample = nn.Identity()
+        if in_dim is not None: self.downsample = Downsample(in_dim, dim, norm_eps)
+        blocks = [ConvNeXtBlock(dim, drop_path=p, norm_eps=norm_eps, **block_kwargs)
+                  for p in drop_path_rates]
         self.blocks = nn.Sequential(*blocks)
         self.grad_checkpointing = False
 
-    def forward(self, x):                                         # (N, in_dim, H, W)
-        x = self.downsample(x)                                    # (N, dim, H // 2, W // 2)
-        if not (self.grad_checkpointing and torch.is_grad_enabled()): return self.blocks(x)
+    def forward(self, x):       # (N, in_dim, H, W)
+        x = self.downsample(x)  # (N, dim, H // 2, W // 2)
+        recompute = self.grad_checkpointing and torch.is_grad_enabled()
+        if not recompute: return self.blocks(x)
         for block in self.blocks: x = checkpoint(block, x, use_reentrant=False)
         return x
+
+# %% ../nbs/01_model.ipynb #c637c4b1
+def _make_stages(depths, dims, drop_path_rate, norm_eps, **block_kwargs):
+    "One `Stage` of `depths[i]` blocks with `dims[i]` channels for each i."
+    if len(depths) != len(dims) or not depths:
+        raise ValueError(f"depths has {len(depths)} stages and dims {len(dims)}; "
+                         "give both the same number, at least one")
+    rates = torch.linspace(0, drop_path_rate, sum(depths), device="cpu")
+    rates = [r.tolist() for r in rates.split(list(depths))]
+    sizes = zip((None, *dims), dims, rates)
+    return nn.Sequential(*(Stage(*size, norm_eps, **block_kwargs) for size in sizes))
+
+# %% ../nbs/01_model.ipynb #ffb67524
+def _check_images(x, in_chans, stride):
+    "ValueError for images that do not fit; silent where torch.fx or torch.jit traces."
+    if not isinstance(x, torch.Tensor) or torch.jit.is_tracing(): return
+    if x.ndim != 4 or x.shape[1] != in_chans or min(x.shape[2:]) < stride:
+        raise ValueError(f"the input has shape {tuple(x.shape)}; this network takes "
+                         f"(N, {in_chans}, H, W) with H and W of at least {stride}; "
+                         "a smaller patch_size takes smaller images")
+
+# %% ../nbs/01_model.ipynb #dec4c043
+def _stage_indices(indices, n):
+    "Which of `n` stages `indices` means: a set of numbers from 0."
+    taken = range(n) if indices is None else indices
+    if isinstance(taken, int): taken = range(-taken, 0)
+    if not taken or not all(-n <= i < n for i in taken):
+        raise ValueError(f"indices is {indices}; this network has {n} stages: "
+                         f"give 1 to {n} for the last ones, "
+                         f"or a list of stages from {-n} to {n - 1}")
+    return {i % n for i in taken}
+
+# %% ../nbs/01_model.ipynb #66de1820
+class _Backbone(nn.Module):
+    "The stem and the stages of a ConvNeXt."
+    def __init__(self, in_chans, depths, dims, patch_size, drop_path_rate, norm_eps,
+                 **block_kwargs):
+        super().__init__()
+        stages = _make_stages(depths, dims, drop_path_rate, norm_eps, **block_kwargs)
+        self.in_chans, self.num_features = in_chans, dims[-1]
+        self.stem, self.stages = Stem(in_chans, dims[0], patch_size, norm_eps), stages
+        self.feature_info = [
+            dict(num_chs=d, reduction=patch_size * 2**i, module=f"stages.{i}")
+            for i, d in enumerate(dims)]
+
+    def _embed(self, x):
+        _check_images(x, self.in_chans, self.feature_info[-1]["reduction"])
+        return self.stem(x)                 # (N, dims[0], H / patch, W / patch)
+
+    def forward_features(self, x):          # (N, in_chans, H, W)
+        return self.stages(self._embed(x))  # (N, dims[-1], H / stride, W / stride)
+
+    def forward_intermediates(self, x, indices=None, intermediates_only: bool = False):
+        "Last features, and stages' maps: all (None), the last (a number), or a list's."
+        taken, maps, x = _stage_indices(indices, len(self.stages)), [], self._embed(x)
+        for i, stage in enumerate(self.stages):
+            x = stage(x)
+            if i in taken: maps.append(x)   # (N, num_chs, H / reduction, W / reduction)
+            if intermediates_only and i == max(taken): return maps
+        return x, maps
 
 # %% ../nbs/01_model.ipynb #2ca799db
 def _init_weights(m):
@@ -49,66 +113,11 @@ def _init_weights(m):
         nn.init.zeros_(m.bias)
 
 # %% ../nbs/01_model.ipynb #29f0699f
-class ConvNeXt(nn.Module):
-    "ConvNeXt (Liu et al. 2022): (N, in_chans, H, W) -> logits (N, num_classes)."
-    def __init__(self,
-        in_chans: int = 3,                # channels of the image
-        num_classes: int = 1000,          # logits out; 0: no classifier, the pooled features come out
-        depths: tuple = (3, 3, 9, 3),     # blocks in each stage
-        dims: tuple = (96, 192, 384, 768),# channels in each stage
-        patch_size: int = 4,              # kernel and stride of the stem: 4 for ImageNet, 2 or 1 for 32x32 images
-        kernel_size: int = 7,             # side of the depthwise kernels
-        mlp_ratio: float = 4,             # hidden channels of a block's MLP for each channel
-        drop_path_rate: float = 0.,       # stochastic depth of the last block; the earlier ones grow towards it
-        ls_init_value: float = 1e-6,      # first value of LayerScale's gamma; None: no gamma
-        head_init_scale: float = 1.,      # the classifier's first weights are multiplied by it
-        use_grn: bool = False,            # GRN in every block (V2)
-        norm_eps: float = 1e-6,           # LayerNorm's eps
-    ):
-        super().__init__()
-        if len(depths) != len(dims) or not depths:
-            raise ValueError(f"depths has {len(depths)} stages and dims {len(dims)}; give both the same number, at least one")
-        self.in_chans, self.num_classes, self.num_features = in_chans, num_classes, dims[-1]
-        rates = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").split(list(depths))
-        block = dict(kernel_size=kernel_size, mlp_ratio=mlp_ratio, ls_init_value=ls_init_value, use_grn=use_grn)
-        stages = [Stage(i, d, r.tolist(), norm_eps, **block) for i, d, r in zip((None, *dims), dims, rates)]
-        self.stem = Stem(in_chans, dims[0], patch_size, norm_eps)
-        self.stages = nn.Sequential(*stages)
-        self.feature_info = [dict(num_chs=d, reduction=patch_size * 2**i, module=f"stages.{i}")
-                             for i, d in enumerate(dims)]
-        self.head = nn.Sequential(OrderedDict(norm=nn.LayerNorm(dims[-1], eps=norm_eps), fc=nn.Identity()))
-        self.reset_classifier(num_classes)
-        self.apply(_init_weights)
-        if num_classes: self.head.fc.weight.data.mul_(head_init_scale)
-
-    def _embed(self, x):
-        stride = self.feature_info[-1]["reduction"]
-        known = isinstance(x, torch.Tensor) and not torch.jit.is_tracing()  # not so where torch.fx or torch.jit traces
-        if known and (x.ndim != 4 or x.shape[1] != self.in_chans or min(x.shape[2:]) < stride):
-            raise ValueError(f"the input has shape {tuple(x.shape)}; this network takes (N, {self.in_chans}, H, W) "
-                             f"with H and W of at least {stride}; a smaller patch_size takes smaller images")
-        return self.stem(x)                                       # (N, dims[0], H / patch_size, W / patch_size)
-
-    def forward_features(self, x):                                # (N, in_chans, H, W)
-        return self.stages(self._embed(x))                        # (N, dims[-1], H / stride, W / stride)
-
-    def forward_intermediates(self, x, indices=None, intermediates_only: bool = False):
-        "Last features, and the maps after stages: all (None), the last ones (a number), or those of a list."
-        n = len(self.stages)
-        taken = range(n) if indices is None else range(-indices, 0) if isinstance(indices, int) else indices
-        if not taken or not all(-n <= i < n for i in taken):
-            raise ValueError(f"indices is {indices}; this network has {n} stages: give 1 to {n} for the last ones, "
-                             f"or a list of stages from {-n} to {n - 1}")
-        taken, maps, x = {i % n for i in taken}, [], self._embed(x)
-        for i, stage in enumerate(self.stages):
-            x = stage(x)
-            if i in taken: maps.append(x)                         # (N, num_chs, H / reduction, W / reduction)
-            if intermediates_only and i == max(taken): return maps
-        return x, maps
-
+class _Classifier(_Backbone):
+    "A backbone with the methods of its head."
     def forward_head(self, x, pre_logits: bool = False):
-        x = self.head.norm(x.mean((-2, -1)))                      # (N, dims[-1])
-        return x if pre_logits else self.head.fc(x)               # (N, num_classes)
+        x = self.head.norm(x.mean((-2, -1)))         # (N, dims[-1])
+        return x if pre_logits else self.head.fc(x)  # (N, num_classes)
 
     def forward(self, x): return self.forward_head(self.forward_features(x))
 
@@ -116,21 +125,50 @@ class ConvNeXt(nn.Module):
 
     def reset_classifier(self, num_classes: int):
         "A fresh last layer with `num_classes` outputs; 0: none."
-        self.num_classes = num_classes
-        like = dict(device=self.head.norm.weight.device, dtype=self.head.norm.weight.dtype)
-        self.head.fc = nn.Linear(self.num_features, num_classes, **like) if num_classes else nn.Identity()
-        self.head.fc.apply(_init_weights)
+        self.num_classes, weight = num_classes, self.head.norm.weight
+        like = dict(device=weight.device, dtype=weight.dtype)
+        fc = nn.Identity()
+        if num_classes: fc = nn.Linear(self.num_features, num_classes, **like)
+        self.head.fc = fc.apply(_init_weights)
 
     def group_matcher(self, coarse: bool = False):
-        "What belongs to the same depth, in timm's form: its layer-wise learning rates read it."
-        fine = [(r"^stages\.(\d+)\.downsample", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None)]
+        "Parameters by depth, in timm's form, for its layer-wise learning rates."
+        blocks = (r"^stages\.(\d+)\.blocks\.(\d+)", None)
+        fine = [(r"^stages\.(\d+)\.downsample", (0,)), blocks]
         return dict(stem=r"^stem", blocks=r"^stages\.(\d+)" if coarse else fine)
 
     def set_grad_checkpointing(self, enable: bool = True):
         "Keep only the blocks' inputs for the backward pass, or everything."
         for stage in self.stages: stage.grad_checkpointing = enable
 
-# %% ../nbs/01_model.ipynb #d55525ba
+# %% ../nbs/01_model.ipynb #8b1e3e7e
+class ConvNeXt(_Classifier):
+    "ConvNeXt (Liu et al. 2022): (N, in_chans, H, W) -> logits (N, num_classes)."
+    def __init__(self,
+        in_chans: int = 3,                  # channels of the image
+        num_classes: int = 1000,            # logits; 0: no classifier, pooled features
+        depths: tuple = (3, 3, 9, 3),       # blocks in each stage
+        dims: tuple = (96, 192, 384, 768),  # channels in each stage
+        patch_size: int = 4,                # stem's kernel and stride; 2 or 1 for 32x32
+        kernel_size: int = 7,               # side of the depthwise kernels
+        mlp_ratio: float = 4,               # hidden channels of an MLP per channel
+        drop_path_rate: float = 0.,         # of the last block; grows linearly from 0
+        ls_init_value: float = 1e-6,        # first value of gamma; None: no LayerScale
+        head_init_scale: float = 1.,        # factor on the classifier's first weights
+        use_grn: bool = False,              # GRN in every block (V2)
+        norm_eps: float = 1e-6,             # LayerNorm's eps
+    ):
+        block = dict(kernel_size=kernel_size, mlp_ratio=mlp_ratio,
+                     ls_init_value=ls_init_value, use_grn=use_grn)
+        stages = in_chans, depths, dims, patch_size, drop_path_rate, norm_eps
+        super().__init__(*stages, **block)
+        head = OrderedDict(norm=nn.LayerNorm(dims[-1], eps=norm_eps), fc=nn.Identity())
+        self.head = nn.Sequential(head)
+        self.reset_classifier(num_classes)
+        self.apply(_init_weights)
+        if num_classes: self.head.fc.weight.data.mul_(head_init_scale)
+
+# %% ../nbs/01_model.ipynb #8a141c8d
 _SIZES = {
     "atto":   dict(depths=(2, 2,  6, 2), dims=( 40,  80,  160,  320)),
     "femto":  dict(depths=(2, 2,  6, 2), dims=( 48,  96,  192,  384)),
@@ -144,8 +182,8 @@ _SIZES = {
     "huge":   dict(depths=(3, 3, 27, 3), dims=(352, 704, 1408, 2816)),
 }
 _V2 = dict(use_grn=True, ls_init_value=None)
-VARIANTS = {f"convnext_{s}": size for s, size in _SIZES.items() if s != "huge"}
-VARIANTS |= {f"convnextv2_{s}": size | _V2 for s, size in _SIZES.items() if s != "xlarge"}
+VARIANTS = {f"convnext_{s}": _SIZES[s] for s in _SIZES if s != "huge"}
+VARIANTS |= {f"convnextv2_{s}": _SIZES[s] | _V2 for s in _SIZES if s != "xlarge"}
 
 # %% ../nbs/01_model.ipynb #d46485b5
 def list_models() -> list:
@@ -164,11 +202,25 @@ def create_model(
     return ConvNeXt(**VARIANTS[name] | overrides)
 
 # %% ../nbs/01_model.ipynb #3b18f1bd
-def convnext_tiny(**overrides): return create_model("convnext_tiny", **overrides)
-def convnext_small(**overrides): return create_model("convnext_small", **overrides)
-def convnext_base(**overrides): return create_model("convnext_base", **overrides)
-def convnext_large(**overrides): return create_model("convnext_large", **overrides)
-def convnext_xlarge(**overrides): return create_model("convnext_xlarge", **overrides)
+def convnext_tiny(**overrides):
+    "ConvNeXt-T; `overrides` are arguments of `ConvNeXt`."
+    return create_model("convnext_tiny", **overrides)
+
+def convnext_small(**overrides):
+    "ConvNeXt-S; `overrides` are arguments of `ConvNeXt`."
+    return create_model("convnext_small", **overrides)
+
+def convnext_base(**overrides):
+    "ConvNeXt-B; `overrides` are arguments of `ConvNeXt`."
+    return create_model("convnext_base", **overrides)
+
+def convnext_large(**overrides):
+    "ConvNeXt-L; `overrides` are arguments of `ConvNeXt`."
+    return create_model("convnext_large", **overrides)
+
+def convnext_xlarge(**overrides):
+    "ConvNeXt-XL; `overrides` are arguments of `ConvNeXt`."
+    return create_model("convnext_xlarge", **overrides)
 
 # %% ../nbs/01_model.ipynb #b4ab5d42
 def count_params(model: nn.Module) -> int:
@@ -176,21 +228,39 @@ def count_params(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 # %% ../nbs/01_model.ipynb #1b231fd1
-def _shell(model):
+def _meta_copy(model):
     "A copy of the model without memory and hooks, all of it trainable."
     with torch.inference_mode(False):
-        empty = {id(p): nn.Parameter(torch.empty_like(p, device="meta")) for p in model.parameters()}
-        net = deepcopy(model, empty | {id(b): torch.empty_like(b, device="meta") for b in model.buffers()})
+        empty = {id(t): torch.empty_like(t, device="meta") for t in model.buffers()}
+        for p in model.parameters():
+            empty[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"))
+        net = deepcopy(model, empty)
     for m in net.modules(): m._forward_hooks.clear(), m._forward_pre_hooks.clear()
     return net
 
+# %% ../nbs/01_model.ipynb #694c19c7
+def _meta_image(model, input_size):
+    "One image of `input_size` on `meta`; ValueError where that is no size."
+    size, whole = input_size, Integral
+    if isinstance(size, whole) and hasattr(model, "in_chans"):
+        size = (model.in_chans, size, size)
+    known = isinstance(size, (tuple, list)) and len(size) == 3
+    if not known or not all(isinstance(n, whole) and n > 0 for n in size):
+        raise ValueError(f"input_size is {input_size!r}; give (C, H, W), or, where the "
+                         "network has in_chans, the side of a square image")
+    with torch.inference_mode(False):
+        dtype = next(model.parameters()).dtype
+        return torch.empty(1, *size, device="meta", dtype=dtype)
+
+# %% ../nbs/01_model.ipynb #764279e5
 def count_macs(
     model: nn.Module,
-    input_size: tuple = (3, 224, 224),  # (C, H, W) of one image
-) -> int:                               # multiply-accumulates of convolutions and linears
+    # (C, H, W) of one image, or the side of a square one with `model.in_chans` channels
+    input_size: tuple | int = (3, 224, 224),
+) -> int:  # multiply-accumulates of convolutions and linears
     "Cost of one image, in MACs; the model is neither run nor changed."
-    image = torch.empty(1, *input_size, device="meta", dtype=next(model.parameters()).dtype)
-    with FlopCounterMode(display=False) as counter, torch.no_grad(): _shell(model).eval()(image)
+    image, net = _meta_image(model, input_size), _meta_copy(model).eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad(): net(image)
     return counter.get_total_flops() // 2
 
 # %% ../nbs/01_model.ipynb #fbe223f3
@@ -200,34 +270,44 @@ class Summary(list):
         text = lambda v: f"{v:,}" if isinstance(v, int) else str(v)
         cells = [list(self[0]), *([text(v) for v in row.values()] for row in self)]
         widths = [max(map(len, column)) for column in zip(*cells)]
-        lines = ["| " + " | ".join(c.rjust(w) for c, w in zip(row, widths)) + " |" for row in cells]
-        return "\n".join([lines[0], "|" + "".join("-" * (w + 1) + ":|" for w in widths), *lines[1:]])
+        padded = [[c.rjust(w) for c, w in zip(row, widths)] for row in cells]
+        head, *rows = ["| " + " | ".join(row) + " |" for row in padded]
+        rule = "|" + "".join("-" * (w + 1) + ":|" for w in widths)
+        return "\n".join([head, rule, *rows])
 
     _repr_markdown_ = __repr__
 
-# %% ../nbs/01_model.ipynb #c5641950
+# %% ../nbs/01_model.ipynb #14abc829
+def _measure(f, x, seen):
+    "f(x), its MACs, and the bytes that autograd keeps in storages that are not `seen`."
+    kept = []
+    def pack(t):
+        storage = t.untyped_storage()
+        if storage._cdata not in seen: kept.append(storage.nbytes())
+        seen.add(storage._cdata)
+        return t
+    counter = FlopCounterMode(display=False)
+    hooks = saved_tensors_hooks(pack, lambda t: t)
+    with counter, hooks, torch.inference_mode(False), torch.enable_grad(): x = f(x)
+    return x, counter.get_total_flops() // 2, sum(kept)
+
+# %% ../nbs/01_model.ipynb #8527e9a0
 def summary(
     model: ConvNeXt,
-    input_size: tuple = (3, 224, 224),  # (C, H, W) of one image
-) -> Summary:                           # output is (C, H, W); activation bytes are kept for the backward pass
-    "What each part puts out and costs for one image, all of it trained; the model is neither run nor changed."
-    net = _shell(model).train()
+    # (C, H, W) of one image, or the side of a square one with `model.in_chans` channels
+    input_size: tuple | int = (3, 224, 224),
+) -> Summary:  # output: (C, H, W); activation bytes: kept for the backward pass
+    "What each part puts out and costs for one image; the model is not changed."
+    x, net = _meta_image(model, input_size), _meta_copy(model).train()
     net.set_grad_checkpointing(False)
-    with torch.inference_mode(False): x = torch.empty(1, *input_size, device="meta", dtype=next(net.parameters()).dtype)
-    rows, seen = Summary(), {p.untyped_storage()._cdata for p in net.parameters()}  # weights are no activations
     stages = [(f"stages.{i}", stage, stage) for i, stage in enumerate(net.stages)]
-    for name, part, forward in [("stem", net.stem, net._embed), *stages, ("head", net.head, net.forward_head)]:
-        kept = []
-        def keep(t):
-            storage = t.untyped_storage()
-            if storage._cdata not in seen: kept.append(storage.nbytes())
-            seen.add(storage._cdata)
-            return t
-        counter = FlopCounterMode(display=False)
-        with counter, saved_tensors_hooks(keep, lambda t: t), torch.inference_mode(False), torch.enable_grad():
-            x = forward(x)
-        rows.append({"stage": name, "output": tuple(x.shape[1:]), "parameters": count_params(part),
-                     "MACs": counter.get_total_flops() // 2, "activation bytes": sum(kept)})
-    totals = {k: sum(row[k] for row in rows) for k in ("parameters", "MACs", "activation bytes")}
-    rows.append({"stage": "total", "output": ""} | totals)
+    stem, head = ("stem", net.stem, net._embed), ("head", net.head, net.forward_head)
+    rows, seen = Summary(), {p.untyped_storage()._cdata for p in net.parameters()}
+    for name, part, forward in [stem, *stages, head]:
+        x, macs, kept = _measure(forward, x, seen)
+        size = {"output": tuple(x.shape[1:]), "parameters": count_params(part)}
+        rows.append({"stage": name} | size | {"MACs": macs, "activation bytes": kept})
+    counts = ("parameters", "MACs", "activation bytes")
+    total = {k: sum(row[k] for row in rows) for k in counts}
+    rows.append({"stage": "total", "output": ""} | total)
     return rows

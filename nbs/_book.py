@@ -1,7 +1,7 @@
 """What code keeps true in the notebooks and the README; `make export` runs it, tests/test_book.py calls it.
 
     python nbs/_book.py              badges and README
-    python nbs/_book.py run NAME...  execute these notebooks in place first, `cuda` cells only where there is a GPU, `slow` ones not
+    python nbs/_book.py run NAME...  execute these notebooks in place first, as "Run All" does
 
 - Every chapter has the Open-in-Colab badge and the Colab install cell that settings.ini asks for.
 - README.md is nbs/index.ipynb, converted by nbconvert, with links that work from the project's root.
@@ -17,7 +17,8 @@ from nbconvert import MarkdownExporter
 from nbdev.config import get_config
 
 NBS = Path(__file__).parent
-BADGE, COLAB = "[![Open In Colab]", "#| hide\n# Colab"
+# `eval: false`: nbdev leaves the cell alone, Jupyter and Colab run it
+BADGE, COLAB = "[![Open In Colab]", "#| hide\n#| eval: false\n# Colab"
 
 
 def badge(cfg, name):
@@ -27,10 +28,12 @@ def badge(cfg, name):
 
 
 def install(cfg):
-    "A code cell that installs the package where it runs on Colab, beside the figures that the chapters read, and does nothing elsewhere."
-    return (f"{COLAB} has torch and not this package\nimport importlib.util, os, sys\n\n"
-            'if "google.colab" in sys.modules and importlib.util.find_spec("convnext_nb") is None:\n'
-            f'    get_ipython().system("git clone -q --depth 1 {cfg.git_url} && pip install -q ./{cfg.repo}")\n'
+    "A code cell that installs the package, beside the figures that the chapters read, on Colab."
+    return (f"{COLAB} has torch and not this package\nimport os\nimport sys\nfrom importlib.util import find_spec\n\n"
+            'if "google.colab" in sys.modules and find_spec("convnext_nb") is None:\n'
+            f'    url = "{cfg.git_url}"\n'
+            f'    get_ipython().system(f"git clone -q --depth 1 {{url}}")\n'
+            f'    get_ipython().system("pip install -q ./{cfg.repo}")\n'
             f'    os.chdir("{cfg.repo}/nbs")')
 
 
@@ -39,7 +42,7 @@ def chapter(path, cfg):
     nb = nbformat.read(path, as_version=4)
     for cell in nb.cells:
         if cell.source.startswith((BADGE, "BADGE")): cell.source = badge(cfg, path.name)
-        if cell.source.startswith((COLAB, "#| hide\nCOLAB")): cell.source = install(cfg)
+        if cell.source.startswith((COLAB, "#| hide\nCOLAB", "#| hide\n# Colab")): cell.source = install(cfg)
     return nb
 
 
@@ -57,12 +60,10 @@ def readme():
 
 
 def run(path):
-    "Execute a notebook and keep its outputs; `slow` cells, and without a GPU `cuda` ones, keep those that they have."
-    import torch
-    os.environ |= {"PYTHONWARNINGS": "ignore", "TQDM_DISABLE": "1"}  # warnings print paths of the machine, progress bars go by
+    "Execute a notebook and keep its outputs; what needs a GPU or a network asks for it first."
+    # warnings print paths of the machine, progress bars go by
+    os.environ |= {"PYTHONWARNINGS": "ignore", "TQDM_DISABLE": "1"}
     nb = nbformat.read(path, as_version=4)
-    for cell in nb.cells:
-        if "#| slow" in cell.source or "#| cuda" in cell.source and not torch.cuda.is_available(): cell.metadata.tags = ["skip-execution"]
     NotebookClient(nb, timeout=1800, resources={"metadata": {"path": str(NBS)}}).execute()
     for cell in nb.cells: cell.metadata = {}
     nbformat.write(nb, path)

@@ -2,6 +2,7 @@
 import ast
 import importlib.util
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -10,12 +11,12 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from helpers import ROOT
 from nbdev.config import get_config
 
-ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
-BELOW = {"blocks": set(), "model": {"blocks"}, "data": set(), "pretrained": {"blocks", "model", "data"}, "train": {"blocks", "model", "data", "pretrained"},
-         "modernize": {"blocks", "model"}, "kernels": {"blocks"}}
+CHAPTERS = [p for p in NOTEBOOKS if p.name[0].isdigit()]
+MODULES = [p.stem.partition("_")[2] for p in CHAPTERS]  # in reading order
 
 spec = importlib.util.spec_from_file_location("_book", ROOT / "nbs" / "_book.py")
 book = importlib.util.module_from_spec(spec)
@@ -23,60 +24,142 @@ spec.loader.exec_module(book)
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory):
-    "A copy of the project after nbdev_export and nbdev_clean."
-    copy = tmp_path_factory.mktemp("copy") / "convnext_nb"
-    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".venv", ".git", "runs", "data", "*.egg-info", "__pycache__"))
-    for command in ("nbdev_export", "nbdev_clean"): subprocess.run([Path(sys.executable).with_name(command)], cwd=copy, check=True, capture_output=True)
-    return copy
+def copy(tmp_path_factory):
+    "A copy of the project, for commands that write into it."
+    path = tmp_path_factory.mktemp("copy") / "convnext_nb"
+    left_out = ".venv", ".git", "runs", "data", "*.egg-info", "__pycache__", "_proc"
+    shutil.copytree(ROOT, path, ignore=shutil.ignore_patterns(*left_out))
+    return path
 
 
-def test_export_and_clean_leave_no_diff(exported):
+def nbdev(command, cwd, **env):
+    "An nbdev command, and what it writes."
+    command = [Path(sys.executable).with_name(command)]
+    p = subprocess.run(command, cwd=cwd, env=os.environ | env, capture_output=True, text=True)
+    assert p.returncode == 0, p.stderr[-2000:]
+    return p.stdout + p.stderr
+
+
+def test_export_and_clean_leave_no_diff(copy):
+    for command in ("nbdev_export", "nbdev_clean"): nbdev(command, copy)
     for path in [*sorted((ROOT / "convnext_nb").glob("*.py")), *NOTEBOOKS]:
         rel = path.relative_to(ROOT)
-        assert (exported / rel).read_text() == path.read_text(), f"{rel} differs: run `make export`"
-    assert {p.name for p in (exported / "convnext_nb").glob("*.py")} == {p.name for p in (ROOT / "convnext_nb").glob("*.py")}
+        assert (copy / rel).read_text() == path.read_text(), f"{rel} differs: run `make export`"
+    modules = [{p.name for p in (root / "convnext_nb").glob("*.py")} for root in (copy, ROOT)]
+    assert modules[0] == modules[1]
+
+
+def test_nbdev_can_make_its_docs(copy):
+    "nbdev_proc_nbs runs the cells with imports and those that are exported, and no others."
+    quarto = copy.parent / "bin" / "quarto"  # without one nbdev would install it, and us too
+    quarto.parent.mkdir()
+    quarto.write_text("#!/bin/sh\n")
+    quarto.chmod(0o755)
+    path = os.pathsep.join([str(quarto.parent), os.environ["PATH"]])
+    assert "imports and other code" not in nbdev("nbdev_proc_nbs", copy, PATH=path)
 
 
 def test_readme_is_the_index():
     assert (ROOT / "README.md").read_text() == book.readme(), "run `make readme`"
 
 
+def code_cells(path):
+    return [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
+
+
+def printed(cell):
+    "What a cell shows as text; tables, which show as HTML, left out."
+    for o in cell.outputs:
+        if "text" in o: yield o.text
+        elif "text/html" not in o.get("data", {}): yield o.get("data", {}).get("text/plain", "")
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.name)
-def test_notebook(path):
-    nb = nbformat.read(path, as_version=4)
+def test_outputs(path):
     assert path.stat().st_size < 1_000_000
-    code = [c for c in nb.cells if c.cell_type == "code"]
+    code = code_cells(path)
     assert any(c.outputs for c in code), "committed without outputs"
     assert not any(o.output_type == "error" for c in code for o in c.outputs)
     local = re.compile(r"(?<![\w.:/])/(home|root|tmp|usr|opt|work|content|Users)/")
-    text = [o.get("text") or o.get("data", {}).get("text/plain", "") for c in code for o in c.outputs]
-    assert not any(local.search(t) for t in text), "an output shows a path of the machine that ran it"
-    if path.name == "index.ipynb": return
-    assert nb == book.chapter(path, get_config(path=ROOT)), "badge or install cell differ from settings.ini: run `make export`"
+    for text in (t for c in code for t in printed(c)):
+        assert not local.search(text), "an output shows a path of the machine that ran it"
+        assert max(map(len, text.splitlines()), default=0) <= 88, "an output is wider than the page"
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.name)
+def test_chapter(path):
+    nb = nbformat.read(path, as_version=4)
+    right = book.chapter(path, get_config(path=ROOT))
+    assert nb == right, "badge, install cell or kernel differ: run `make export`"
     text = [c.source for c in nb.cells if c.cell_type == "markdown"]
     assert text[0].startswith("# ") and "\n> " in text[0] and text[1].startswith(book.BADGE)
-    assert any(c.source.startswith(book.COLAB) for c in code)
-    assert any(c.source.startswith("#| default_exp") for c in code)
+    opening = [t for t in text[2:6] if t.startswith("**You need**")]
+    assert len(opening) == 1 and "**You will have**" in opening[0]
+    code = [c.source for c in nb.cells if c.cell_type == "code"]
+    assert any(s.startswith(book.COLAB) for s in code)
+    assert f"#| default_exp {path.stem.partition('_')[2]}" in code
+    for source in code:  # "Run All" anywhere: they ask first, and say what they left out
+        if re.search(r"^#\| (cuda|slow)", source, re.M):
+            assert re.search(r"^(if|else)\b", source, re.M) and "left out" in source
 
 
-@pytest.mark.parametrize("path", sorted(p for p in (ROOT / "convnext_nb").glob("[a-z]*.py")), ids=lambda p: p.stem)
-def test_layers(path):
-    nodes = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ImportFrom) and n.module]
-    ours = {n.module.split(".")[0] for n in nodes if n.level == 1} | {n.module.split(".")[1] for n in nodes if n.module.startswith("convnext_nb.")}
-    assert ours <= BELOW[path.stem]
-    if path.stem == "train": assert ours == {"data", "model", "pretrained"}  # it does see them
+def test_cells_hold_one_idea():
+    lines = [[line for line in c.source.splitlines() if line.strip() and not line.startswith("#|")]
+             for path in NOTEBOOKS for c in code_cells(path)]
+    long = [cell[0] for cell in lines if len(cell) > 25]
+    assert len(long) <= .02 * len(lines), long
 
 
-@pytest.mark.parametrize("module, absent", [("model", "timm torchvision sklearn matplotlib PIL fastcore"), ("train", "timm torchvision sklearn matplotlib fastcore")])
+@pytest.mark.parametrize("name", MODULES)
+def test_modules_are_short(name):
+    assert len((ROOT / "convnext_nb" / f"{name}.py").read_text().splitlines()) <= 650
+
+
+def imported(source):
+    "The modules of this package that some code imports."
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import): found = [a.name for a in node.names]
+        elif not isinstance(node, ast.ImportFrom): continue
+        elif node.level == 1 or node.module == "convnext_nb":
+            found = [f"convnext_nb.{node.module or a.name}" for a in node.names]
+            if node.level == 0: found = [f"convnext_nb.{a.name}" for a in node.names]
+        else: found = [node.module]
+        yield from (m.split(".")[1] for m in found if m.startswith("convnext_nb."))
+
+
+def test_imported():
+    text = "import os, convnext_nb.data as d\nfrom .model import ConvNeXt\nfrom . import train\n"
+    text += "from convnext_nb import runs\nfrom convnext_nb.kernels import Traffic\nimport torch"
+    assert list(imported(text)) == ["data", "model", "train", "runs", "kernels"]
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.name)
+def test_reading_order_is_layer_order(path):
+    "A chapter, its module and its tests, imports only chapters with a smaller number, and itself."
+    name = path.stem.partition("_")[2]
+    below = MODULES[:MODULES.index(name)]
+    module = set(imported((ROOT / "convnext_nb" / f"{name}.py").read_text()))
+    assert module <= set(below), module
+    for c in code_cells(path):
+        source = re.sub(r"^\s*[%!].*", "", c.source, flags=re.M)
+        assert set(imported(source)) <= {*below, name}, c.source
+
+
+LIGHT = "timm torchvision sklearn matplotlib fastcore triton"
+
+
+@pytest.mark.parametrize("module, absent", [("model", f"{LIGHT} PIL"), ("train", LIGHT)])
 def test_import_is_light(module, absent):
-    code = f"import sys, convnext_nb.{module}; print([m for m in {absent.split()} if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    found = f"[m for m in {absent.split()} if m in sys.modules]"
+    code = f"import sys, convnext_nb.{module}; print({found})"
+    command = [sys.executable, "-c", code]
+    assert subprocess.run(command, capture_output=True, text=True).stdout.strip() == "[]"
 
 
 def test_make_help_lists_every_target():
-    out = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert all(f"make {t} " in out for t in "train test export readme gpu clean".split())
+    out = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True).stdout
+    targets = "train test lint lab export readme gpu clean".split()
+    assert all(f"make {t} " in out for t in targets)
 
 
 def test_results_say_where_they_come_from():

@@ -1,62 +1,81 @@
-"What no notebook can show of the kernels: compiled for a GPU that is not there, and their operations inside torch.compile."
+"What no notebook can show of the kernels: compiled for a GPU that is not there, their operations inside torch.compile, and no Triton at all."
 import re
 import subprocess
+import sys
 from copy import deepcopy
 from pathlib import Path
 
 import pytest
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from helpers import ROOT, SMALL, result
 
 from convnext_nb import kernels
+from convnext_nb.accelerate import CPUBlock, FusedBlock, TritonBlock, TritonNorm2d, accelerate
+from convnext_nb.blocks import ConvNeXtBlock, LayerNorm2d
 from convnext_nb.model import create_model
 
-CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-SIZES = dict(C=384, K=7, ACC=kernels.tl.float32)
-KERNELS = {  # arguments that are constants, those that point to float32; other pointers are to bfloat16
+SIZES = dict(C=384, K=7, ACC=getattr(kernels.tl, "float32", None))
+NORM, LONG = SIZES | dict(CHANNELS=512), SIZES | dict(C=1536, CHANNELS=2048)
+HIDDEN, WIDTH = SIZES | dict(D=1536), SIZES | dict(D=384)
+FC1, FC2 = dict(I=384, O=1536, GELU=True), dict(I=1536, O=384, GELU=False)
+KERNELS = {  # arguments that are constants, those that point to float32; other pointers: to bfloat16
     "conv_kernel": (SIZES, "taps bias"), "conv_weight_kernel": (SIZES, "out"),
-    "norm_kernel": (SIZES | dict(CHANNELS=512), "w b"), "norm_grad_kernel": (SIZES | dict(CHANNELS=512), "w out"),
-    "gelu_kernel": (SIZES | dict(D=1536), "b"), "gelu_grad_kernel": (SIZES | dict(D=1536), "b out"),
-    "residual_kernel": (SIZES | dict(D=384), "b gamma keep"), "residual_grad_kernel": (SIZES | dict(D=384), "b gamma keep out"),
-    "linear_kernel fc1": (SIZES | dict(I=384, O=1536, GELU=True), "b gamma"), "linear_kernel fc2": (SIZES | dict(I=1536, O=384, GELU=False), "b gamma"),
-    "norm_grad_kernel 1536": (SIZES | dict(C=1536, CHANNELS=2048), "w out")}
+    "norm_kernel": (NORM, "w b"), "norm_grad_kernel": (NORM, "w out"),
+    "norm_grad_kernel 1536": (LONG, "w out"),
+    "gelu_kernel": (HIDDEN, "b"), "gelu_grad_kernel": (HIDDEN, "b out"),
+    "residual_kernel": (WIDTH, "b gamma drop_mask"),
+    "residual_grad_kernel": (WIDTH, "b gamma drop_mask out"),
+    "linear_kernel fc1": (SIZES | FC1, "b gamma"), "linear_kernel fc2": (SIZES | FC2, "b gamma")}
 
 
 def usage(kernel, constants, floats, warps, path):
     "Bytes that a thread keeps or spills outside its registers, and assembly of `kernel`, compiled for Hopper."
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
-    scalars = dict(eps="fp32") | {k: "i32" for k in "H W N P rows splits pixels".split()}
-    kind = {k: "constexpr" if k in constants else scalars.get(k) or ("*fp32" if k in floats.split() else "*bf16") for k in kernel.arg_names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, k in enumerate(kernel.arg_names) if kind[k].startswith("*")}
-    binary = triton.compile(ASTSource(kernel, kind, constants, aligned), target=GPUTarget("cuda", 90, 32), options=dict(num_warps=warps))
+    kind = dict.fromkeys(kernel.arg_names, "*bf16") | dict.fromkeys(floats.split(), "*fp32")
+    kind |= dict.fromkeys("H W N P rows splits pixels".split(), "i32") | dict(eps="fp32")
+    kind = {k: "constexpr" if k in constants else kind[k] for k in kernel.arg_names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, k in enumerate(kind.values()) if k[0] == "*"}
+    source = ASTSource(kernel, kind, constants, aligned)
+    binary = triton.compile(source, GPUTarget("cuda", 90, 32), dict(num_warps=warps))
     path.write_bytes(binary.asm["cubin"])
-    told = subprocess.run([CUOBJDUMP, "--dump-resource-usage", path], capture_output=True, text=True, check=True).stdout
-    return *(int(re.search(rf"{what}:(\d+)", told)[1]) for what in ("STACK", "LOCAL")), binary.asm["ptx"]
+    command = [cuobjdump, "--dump-resource-usage", path]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    stack, local = (int(re.search(rf"{what}:(\d+)", told)[1]) for what in ("STACK", "LOCAL"))
+    return stack, local, binary.asm["ptx"]
 
 
+@pytest.mark.skipif(kernels.triton is None, reason="Triton is not installed")
 @pytest.mark.parametrize("name", KERNELS)
 def test_compiles_for_hopper_and_need_not_spill(name, tmp_path):
     (constants, floats), spilled = KERNELS[name], []
     kernel = getattr(kernels, name.split()[0])
     for config in kernel.configs:
-        stack, local, ptx = usage(kernel.fn, constants | config.kwargs, floats, config.num_warps, tmp_path / "kernel.cubin")
+        sizes, path = config.kwargs, tmp_path / "kernel.cubin"
+        stack, local, ptx = usage(kernel.fn, constants | sizes, floats, config.num_warps, path)
         spilled.append(stack + local)
-        if name == "conv_kernel" and config.kwargs["CHANNELS"] == 32 * config.num_warps:  # one channel a thread: what the chapter counts
-            assert 1 <= ptx.count("fma.rn.f32") / (49 * config.kwargs["COLS"]) < 1.1
+        # one channel a thread: what the chapter counts
+        if name == "conv_kernel" and sizes["CHANNELS"] == 32 * config.num_warps:
+            assert 1 <= ptx.count("fma.rn.f32") / (49 * sizes["COLS"]) < 1.1
         if name.startswith("linear"): assert "wgmma" in ptx  # the matrix unit of Hopper
     assert min(spilled) == 0, spilled
 
 
-@pytest.mark.parametrize("cls", [kernels.TritonBlock, kernels.FusedBlock, kernels.CPUBlock])
+def small_network():
+    return create_model("convnext_tiny", depths=(1, 1, 1, 1), dims=(8, 16, 24, 32), num_classes=5)
+
+
+@pytest.mark.parametrize("cls", [TritonBlock, FusedBlock, CPUBlock])
 def test_torch_compile_takes_them_whole(cls):
     torch.manual_seed(0)
-    net = create_model("convnext_tiny", depths=(1, 1, 1, 1), dims=(8, 16, 24, 32), num_classes=5)
+    net = small_network()
     plain = deepcopy(net)
     for m in net.modules():
-        if type(m) is kernels.ConvNeXtBlock: m.__class__ = cls
-        if type(m) is kernels.LayerNorm2d and cls is not kernels.CPUBlock: m.__class__ = kernels.TritonNorm2d
+        if type(m) is ConvNeXtBlock: m.__class__ = cls
+        if type(m) is LayerNorm2d and cls is not CPUBlock: m.__class__ = TritonNorm2d
     fast = torch.compile(net, backend="aot_eager", fullgraph=True, dynamic=True)
     for n, size in ((2, 64), (3, 96)):
         x = torch.randn(n, 3, size, size)
@@ -72,8 +91,100 @@ def test_torch_compile_takes_them_whole(cls):
 
 def test_inductor_takes_an_accelerated_network():
     "A compiler that owns the products must not meet operations that want to own the weights."
-    net = create_model("convnext_tiny", depths=(1, 1, 1, 1), dims=(8, 16, 24, 32), num_classes=5).eval()
-    x = torch.randn(2, 3, 64, 64)
+    net, x = small_network().eval(), torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         expected = net(x)
-        torch.testing.assert_close(torch.compile(kernels.accelerate(net))(x), expected, rtol=1e-3, atol=1e-5)
+        compiled = torch.compile(accelerate(net))
+        torch.testing.assert_close(compiled(x), expected, rtol=1e-3, atol=1e-5)
+
+
+def without_triton(code):
+    "Run `code` in a process where Triton cannot be imported."
+    code = "import sys; sys.modules['triton'] = None\n" + code
+    p = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert p.returncode == 0, p.stderr
+    return p
+
+
+OPERATIONS = """
+import torch, torch.nn.functional as F
+from torch import randn
+from torch.testing import assert_close
+from convnext_nb import kernels as k
+assert k.triton is None and not k.INTERPRETED
+torch.manual_seed(0)
+x, y, drop_mask = randn(2, 5, 6, 8), randn(2, 5, 6, 8), torch.tensor([0., 2.])
+w, a, b = randn(8, 1, 3, 3), randn(8), randn(8)
+m = drop_mask.view(-1, 1, 1, 1)
+def conv(x, w, b):
+    return F.conv2d(x.permute(0, 3, 1, 2), w, b, padding=1, groups=8).permute(0, 2, 3, 1)
+for f, plain, args in (
+        (k.depthwise_conv, conv, (x, w, b)),
+        (k.layer_norm, lambda x, a, b: F.layer_norm(x, (8,), a, b, 1e-6), (x, a, b)),
+        (k.bias_gelu, lambda x, b: F.gelu(x + b), (x, b)),
+        (lambda *args: k.scale_residual(*args, drop_mask),
+         lambda x, y, b, a: x + m * a * (y + b), (x, y, b, a))):
+    args = [t.clone().requires_grad_() for t in args]
+    out, expected = f(*args), plain(*args)
+    assert_close(out, expected)
+    up = torch.randn_like(out)
+    for p, q in zip(torch.autograd.grad(out, args, up), torch.autograd.grad(expected, args, up)):
+        assert_close(p, q, rtol=1e-4, atol=1e-4)
+w, b4, a4 = randn(4, 8), randn(4), randn(4)
+assert_close(k.linear_gelu(x, w, b4), F.gelu(F.linear(x, w, b4)))
+shortcut = randn(2, 5, 6, 4)
+assert_close(k.linear_residual(x, w, b4, a4, shortcut), shortcut + a4 * F.linear(x, w, b4))
+for name in ("gelu_kernel", "conv_kernel"):
+    try: k.launch(getattr(k, name), (1,), x)
+    except ImportError as e: print(e)
+k.INTERPRETED = True  # as if every tensor were on a GPU
+x.requires_grad_()
+w = randn(8, 1, 3, 3)
+for f, args in ((k.bias_gelu, (x, b)), (k.layer_norm, (x, a, b)), (k.depthwise_conv, (x, w, b)),
+                (k.scale_residual, (x, x, a, b)), (k.linear_gelu, (x.detach(), randn(4, 8), b4))):
+    try: f(*args)
+    except ImportError as e: print(e)
+"""
+
+
+def test_operations_without_triton():
+    "Plain PyTorch on a CPU; where a kernel is needed, one line says what is missing."
+    said = without_triton(OPERATIONS).stdout.splitlines()
+    names = "gelu conv gelu norm conv residual linear".split()
+    advice = "needs Triton; pip install triton on Linux, triton-windows on Windows"
+    assert said == [f"{name}_kernel {advice}" for name in names]
+
+
+ACCELERATE = """
+import torch
+from convnext_nb import accelerate as module
+from convnext_nb.accelerate import *
+from convnext_nb.model import create_model
+net = create_model("convnext_tiny", depths=(1, 1, 1, 1), dims=(8, 16, 24, 32), num_classes=5)
+x = torch.randn(2, 3, 64, 64)
+kinds = lambda: sorted({type(m).__name__ for m in net.modules() if "Block" in type(m).__name__})
+logits = net(x)
+accelerate(net)
+print(*kinds())
+torch.testing.assert_close(net(x), logits, rtol=1e-3, atol=1e-5)
+net(x).sum().backward()
+accelerate(net, x), restore(net)
+module._device = lambda m: torch.device("cuda")
+accelerate(net)
+print(*kinds())
+"""
+
+
+def test_accelerate_without_triton():
+    "It works on a CPU; on CUDA the blocks stay plain, and a warning says so."
+    p = without_triton(ACCELERATE)
+    assert p.stdout.split() == ["CPUBlock", "ConvNeXtBlock"]
+    assert p.stderr.count("Warning") == 1
+    assert "the blocks on CUDA stay plain: accelerate needs Triton; pip install" in p.stderr
+
+
+def test_training_without_triton(tmp_path):
+    "The command imports nothing that needs Triton."
+    args = [*SMALL[:-4], "--epochs", "1", "--warmup_epochs", "0", "--out", str(tmp_path / "run")]
+    without_triton(f"import convnext_nb.runs; convnext_nb.runs.main({args!r})")
+    assert result(tmp_path / "run")["epochs"] == 1

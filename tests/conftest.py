@@ -1,0 +1,49 @@
+"Every test runs in one thread, and a file that somebody forgot to close is an error."
+import multiprocessing
+import os
+import shutil
+import subprocess
+
+import pytest
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; several tests run at once
+os.environ["PYTHONWARNINGS"] = "error::ResourceWarning"  # in the processes that tests start
+
+from helpers import ROOT, SMALL, script  # noqa: E402
+
+
+def pytest_configure(config):
+    for kind in ("ResourceWarning", "pytest.PytestUnraisableExceptionWarning"):
+        config.addinivalue_line("filterwarnings", f"error::{kind}")
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    "A run that was never interrupted, started by the installed console script."
+    out = tmp_path_factory.mktemp("run") / "whole"
+    command = [*script("convnext-train", "runs:main"), *SMALL, "--out", out]
+    p = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert p.returncode == 0 and not p.stderr, p.stderr
+    last = p.stdout.splitlines()[-1]
+    assert last.startswith("test accuracy ") and last.endswith(f"run folder: {out}")
+    return out
+
+
+@pytest.fixture(scope="session")
+def fresh_processes():
+    "Processes that have everything imported: to be killed by the dozen, or to talk to each other."
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([
+        "convnext_nb.runs", "sklearn.datasets", "sklearn.model_selection", "matplotlib.pyplot",
+        "torch._dynamo", "torchvision.transforms.v2", "torchvision.datasets", "helpers"])
+    return context
+
+
+@pytest.fixture
+def benchmarks(tmp_path):
+    "A copy of the benchmarks, with no results."
+    path = tmp_path / "project" / "benchmarks"
+    shutil.copytree(ROOT / "benchmarks", path,
+                    ignore=shutil.ignore_patterns("results", "__pycache__"))
+    (path / "results").mkdir()
+    return path

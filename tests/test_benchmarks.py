@@ -1,0 +1,103 @@
+"The stages for a GPU and their scripts, on the CPU with tiny values."
+import json
+
+import pytest
+import torch
+from helpers import benchmark, tree
+
+TINY = ["--device", "cpu", "--epochs", 1, "--seeds", 1, "--name", "tiny"]
+NET = ["--dims", "8,16,32", "--depths", "1,1,1", "--batch_size", 16, "--warmup_epochs", 0,
+       "--low_res_epochs", 0, "--ema_decay", .9]
+
+
+def read(folder, name="tiny"):
+    assert (folder / "results" / f"{name}.png").exists()
+    return json.loads((folder / "results" / f"{name}.json").read_text())
+
+
+@pytest.fixture
+def cifar10(tmp_path):
+    "A tree in CIFAR-10's place: four classes of noise."
+    return str(tree(tmp_path / "tree", dict(train=80, test=10), (32, 32), classes=list("abcd")))
+
+
+def test_cifar_stages(benchmarks, cifar10):
+    def stage(name):
+        benchmark(benchmarks, "gpu", name, *TINY, *NET, CONVNEXT_NB_CIFAR10=cifar10)
+        return read(benchmarks)
+    r = stage("cifar")
+    assert list(r["summary"]) == [
+        "cifar10-fast", "cifar10-fast, compiled", "stock, in the time of cifar10-fast",
+        "cifar10", "cifar10, compiled"]
+    assert r["torch"] == torch.__version__ and cifar10 not in r["command"]
+    for s in r["summary"].values():
+        assert 0 <= s["test_top1"] <= 1 and 0 <= s["test_top1_tta"] <= 1
+        assert s["total_seconds"] > s["seconds"]
+    assert r["runs"][1]["config"]["compile"]
+    assert (benchmarks / "results" / "tiny_errors.png").exists()
+    again = stage("best")  # it goes on
+    assert list(again["summary"]) == [*r["summary"], "cifar10-best"]
+    assert again["runs"][:5] == r["runs"]
+
+
+def test_study_stage(benchmarks, cifar10):
+    def study(minutes):
+        benchmark(benchmarks, "gpu", "study", *TINY, "--only", "kernels 3x3",
+                  "--minutes", minutes, CONVNEXT_NB_CIFAR10=cifar10)
+        return read(benchmarks)
+    r = study(9)
+    found = {(s["start"], s["change"][:5], s["seeds"]) for s in r["summary"]}
+    assert found == {("stock", "stock", 1), ("stock", "kerne", 1), ("ours", "ours:", 1)}
+    assert study(0)["runs"] == r["runs"]  # nothing left to do
+
+
+def test_data_stage(benchmarks):
+    small = ["--images", 600, "--rounds", 2, "--steps", 2, "--batch_size", 64]
+    benchmark(benchmarks, "gpu", "data", "--device", "cpu", *small, "--name", "tiny")
+    r = json.loads((benchmarks / "results" / "tiny.json").read_text())["settings"]
+    assert r["torchvision_over_ours"]["ratio"] > 0 and r["waiting"]["share"] < 1
+
+
+def test_kernels_stage(benchmarks):
+    small = ["--model", "convnext_atto", "--image_size", 64, "--batch_size", 1, "--rounds", 2]
+    benchmark(benchmarks, "gpu", "kernels", "--device", "cpu", *small, "--name", "tiny")
+    r = json.loads((benchmarks / "results" / "tiny.json").read_text())
+    assert {s["candidate"] for s in r["summary"]} >= {"CPUBlock"}
+
+
+def test_unknown_stage(benchmarks):
+    assert "unknown stage 'nothing'" in benchmark(benchmarks, "gpu", "nothing", status=1)
+
+
+def ladder(folder, *args):
+    return benchmark(folder, "ladder", "--device", "cpu", *args)
+
+
+def test_ladder_goes_on_where_it_stopped(benchmarks, tmp_path):
+    root = tree(tmp_path / "tree", dict(train=40, test=1), (32, 32), classes=list("abcdefghij"))
+    args = ["--data_dir", root, "--scale", .125, "--fraction", 1, "--epochs", 2,
+            "--batch_size", 16, "--only", "kernel 7", "kernel 11", "GELU"]
+    assert ladder(benchmarks, *args, "--seeds", 1).count("seed 0") == 3
+    r = read(benchmarks, "ladder_cpu")
+    assert "TREE" in r["command"]
+    rows = {s["rung"]: s for s in r["summary"]}
+    assert rows["kernel 7"]["delta"] is None  # kernel 5 was not trained
+    for name in ("kernel 11", "GELU"):  # both stand on 7
+        delta = rows[name]["val_top1"] - rows["kernel 7"]["val_top1"]
+        assert rows[name]["base"] == "kernel 7" and rows[name]["delta"] == pytest.approx(delta)
+    assert rows["kernel 11"]["macs"] > rows["kernel 7"]["macs"] == rows["GELU"]["macs"]
+    assert min(run["val_top1"] for run in r["runs"]) > .2  # of ten classes: they learn
+    out = ladder(benchmarks, *args, "--seeds", 2)
+    assert out.count("seed 0") == 0 and out.count("seed 1") == 3
+    again = read(benchmarks, "ladder_cpu")
+    assert again["runs"][:3] == r["runs"] and [s["seeds"] for s in again["summary"]] == [2] * 3
+
+
+def test_ladder_speed(benchmarks):
+    ladder(benchmarks, "--speed", "--image_size", 32, "--rounds", 2, "--batch_size", 2,
+           "--scale", .125, "--depth", .34)
+    r = json.loads((benchmarks / "results" / "ladder_speed_cpu.json").read_text())
+    rows = {(row["rung"], row["mode"]): row for row in r["settings"]}
+    assert len(rows) == 32 and rows["ResNet-50", "forward"]["ratio"] == 1
+    assert r["config"]["rounds"] == 2
+    assert all(row["low"] <= row["ratio"] <= row["high"] for row in rows.values())
