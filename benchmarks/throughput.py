@@ -341,8 +341,8 @@ def draw(rows, title, path):
             (marker, color), ours = MARKS.get(label, ("*", "k")), label.startswith("ours")
             ax.plot(speeds, places, marker, color=color, ms=9 if ours else 6,
                     mec="k" if ours else "none", zorder=2 + ours, label=label)
-        ax.set(xlim=(0, None), ylim=(len(titles) - .5, -.5), xlabel=f"{mode}, images/s",
-               yticks=range(len(titles)), yticklabels=titles)
+        ax.set(xlim=(0, 1.05 * ax.get_xlim()[1]), ylim=(len(titles) - .5, -.5),
+               xlabel=f"{mode}, images/s", yticks=range(len(titles)), yticklabels=titles)
         ax.grid(alpha=.3)
     fig.suptitle(title, fontsize=11)
     fig.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center",

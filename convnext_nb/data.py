@@ -327,7 +327,7 @@ def reflect_index(
     shift: torch.Tensor,  # (N,) offsets in pixels; 0 leaves the image where it is
     size: int,            # side of the image
 ) -> torch.Tensor:        # (N, size) rows (or columns) of the original
-    "Which rows a shifted crop takes, reflected at the border as by torch's `mode='reflect'`."
+    "Rows of a shifted crop, reflected at the border as by torch's `mode='reflect'`."
     rows = (shift[:, None] + torch.arange(size, device=shift.device)).abs()
     return size - 1 - (size - 1 - rows).abs()
 

@@ -278,7 +278,7 @@ def check_state_dict(
     differ = "; ".join(f"{k}: {_shorten(v)}" for k, v in differ.items() if v)
     if differ: raise ValueError(
         f"{source} does not fit this model; {differ}{_variant_hint(state)}")
-    bad = [k for k, v in state.items() if not v.isfinite().all()]
+    bad = [k for k, v in state.items() if not (v.is_meta or v.isfinite().all())]
     if bad: raise ValueError(f"{source} has values that are not finite in "
                              f"{_shorten(bad)}: damaged, or a run that diverged")
     return state
@@ -594,7 +594,7 @@ def classify(
     try:
         for i in range(0, len(images), batch_size):
             batch = images[i:i + batch_size]
-            x = torch.stack([transform(_open_image(im, model.in_chans)) for im in batch])
+            x = torch.stack([transform(_open_image(p, model.in_chans)) for p in batch])
             for row in zip(*_top_classes(model, x, topk)):
                 answers.append([(names[c], p) for c, p in zip(*row)])
     finally: model.train(training)

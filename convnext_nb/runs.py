@@ -50,7 +50,7 @@ def start_model(cfg: TrainConfig, info: DatasetInfo) -> ConvNeXt:
     pretrained_cfg, fresh = model.pretrained_cfg, model.head.fc
     load_weights(model, cfg.weights, num_classes=len(info.classes))
     if model.head.fc is not fresh: model.head.fc.weight.data.mul_(cfg.head_init_scale)
-    model.pretrained_cfg = pretrained_cfg  # of the images that this run trains on
+    model.pretrained_cfg = pretrained_cfg  # how this run prepares its images
     return model
 
 # %% ../nbs/08_runs.ipynb #fdbda9b2

@@ -1,4 +1,4 @@
-"What no notebook can show of the kernels: compiled for a GPU that is not there, their operations inside torch.compile, and no Triton at all."
+"What no notebook can show of the kernels: a GPU that is not there, torch.compile, and no Triton."
 import re
 import subprocess
 import sys
@@ -18,7 +18,7 @@ SIZES = dict(C=384, K=7, ACC=getattr(kernels.tl, "float32", None))
 NORM, LONG = SIZES | dict(CHANNELS=512), SIZES | dict(C=1536, CHANNELS=2048)
 HIDDEN, WIDTH = SIZES | dict(D=1536), SIZES | dict(D=384)
 FC1, FC2 = dict(I=384, O=1536, GELU=True), dict(I=1536, O=384, GELU=False)
-KERNELS = {  # arguments that are constants, those that point to float32; other pointers: to bfloat16
+KERNELS = {  # constants, and what points to float32; other pointers are to bfloat16
     "conv_kernel": (SIZES, "taps bias"), "conv_weight_kernel": (SIZES, "out"),
     "norm_kernel": (NORM, "w b"), "norm_grad_kernel": (NORM, "w out"),
     "norm_grad_kernel 1536": (LONG, "w out"),
@@ -29,7 +29,7 @@ KERNELS = {  # arguments that are constants, those that point to float32; other 
 
 
 def usage(kernel, constants, floats, warps, path):
-    "Bytes that a thread keeps or spills outside its registers, and assembly of `kernel`, compiled for Hopper."
+    "Bytes that a thread of `kernel` keeps or spills outside its registers on Hopper, and PTX."
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -101,7 +101,8 @@ def test_inductor_takes_an_accelerated_network():
 def without_triton(code):
     "Run `code` in a process where Triton cannot be imported."
     code = "import sys; sys.modules['triton'] = None\n" + code
-    p = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    p = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                       timeout=600)
     assert p.returncode == 0, p.stderr
     return p
 
