@@ -1,10 +1,10 @@
-"""What code keeps true in the notebooks and the README; `make export` runs it, tests/test_book.py calls it.
+"""What code keeps true in the notebooks and the README: `make export` runs it, and so does a test.
 
-    python nbs/_book.py              badges and README
+    python nbs/_book.py              badges, kernels and README
     python nbs/_book.py run NAME...  execute these notebooks in place first, as "Run All" does
 
-- Every chapter has the Open-in-Colab badge and the Colab install cell that settings.ini asks for.
-- README.md is nbs/index.ipynb, converted by nbconvert, with links that work from the project's root.
+- Every chapter has the badge, the Colab install cell and the kernel that it should have.
+- README.md is nbs/index.ipynb, converted by nbconvert, with links from the project's root.
 """
 import os
 import re
@@ -23,26 +23,30 @@ BADGE, COLAB = "[![Open In Colab]", "#| hide\n#| eval: false\n# Colab"
 
 def badge(cfg, name):
     "Markdown of the badge of the notebook `name`."
-    url = f"https://colab.research.google.com/github/{cfg.user}/{cfg.repo}/blob/{cfg.branch}/nbs/{name}"
-    return f"{BADGE}(https://colab.research.google.com/assets/colab-badge.svg)]({url})"
+    colab = "https://colab.research.google.com"
+    url = f"{colab}/github/{cfg.user}/{cfg.repo}/blob/{cfg.branch}/nbs/{name}"
+    return f"{BADGE}({colab}/assets/colab-badge.svg)]({url})"
 
 
 def install(cfg):
-    "A code cell that installs the package, beside the figures that the chapters read, on Colab."
-    return (f"{COLAB} has torch and not this package\nimport os\nimport sys\nfrom importlib.util import find_spec\n\n"
-            'if "google.colab" in sys.modules and find_spec("convnext_nb") is None:\n'
-            f'    url = "{cfg.git_url}"\n'
-            f'    get_ipython().system(f"git clone -q --depth 1 {{url}}")\n'
-            f'    get_ipython().system("pip install -q ./{cfg.repo}")\n'
-            f'    os.chdir("{cfg.repo}/nbs")')
+    "A code cell that installs the package on Colab, beside the figures that chapters read."
+    return (f"{COLAB} has torch and not this package\n"
+            "import importlib.util\n\n"
+            'shell, there = get_ipython(), importlib.util.find_spec("convnext_nb")\n'
+            'if "google.colab" in str(shell) and not there:\n'
+            f'    shell.system("git clone -q --depth 1 {cfg.git_url}")\n'
+            f'    shell.system("pip install -q ./{cfg.repo}")\n'
+            f'    shell.run_line_magic("cd", "-q {cfg.repo}/nbs")')
 
 
 def chapter(path, cfg):
-    "The notebook at `path` as settings.ini wants it; a new one marks the two cells with BADGE and COLAB."
+    """The notebook at `path` as settings.ini wants it, and with a kernel, so that Jupyter need not
+    ask for one. A new notebook marks the two cells with BADGE and COLAB."""
     nb = nbformat.read(path, as_version=4)
+    nb.metadata = {"kernelspec": dict(display_name="python3", language="python", name="python3")}
     for cell in nb.cells:
         if cell.source.startswith((BADGE, "BADGE")): cell.source = badge(cfg, path.name)
-        if cell.source.startswith((COLAB, "#| hide\nCOLAB", "#| hide\n# Colab")): cell.source = install(cfg)
+        if cell.source.startswith((COLAB, "#| hide\nCOLAB")): cell.source = install(cfg)
     return nb
 
 
@@ -51,11 +55,12 @@ def readme():
     nb = nbformat.read(NBS / "index.ipynb", as_version=4)
     nb.metadata.language_info = {"name": "python"}
     for cell in nb.cells:
-        if cell.source.startswith("#| echo: false"): cell.metadata.transient = {"remove_source": True}
+        hidden = cell.source.startswith("#| echo: false")
+        if hidden: cell.metadata.transient = {"remove_source": True}
     text, _ = MarkdownExporter().from_notebook_node(nb)
     text = re.sub(r"\n{3,}", "\n\n", text)
-    text = re.sub(r"\]\(\.\./", "](", text)                                 # ../LICENSE -> LICENSE
-    text = re.sub(r"\]\((\w+\.ipynb)", r"](nbs/\1", text)                   # 00_blocks.ipynb -> nbs/00_blocks.ipynb
+    text = re.sub(r"\]\(\.\./", "](", text)                 # ../LICENSE -> LICENSE
+    text = re.sub(r"\]\((\w+\.ipynb)", r"](nbs/\1", text)   # 00_blocks.ipynb -> nbs/...
     return "<!-- Made from nbs/index.ipynb by `make readme`. -->\n\n" + text.strip() + "\n"
 
 
