@@ -402,7 +402,7 @@ def write_row(p, row, at, n: tl.constexpr, W, C: tl.constexpr, mask):
 @jit
 def repeat(v, n: tl.constexpr):
     many = ()
-    for k in tl.static_range(n): many = many + (v,)
+    for _ in tl.static_range(n): many = many + (v,)
     return many
 
 # %% ../nbs/06_kernels.ipynb #0e5ef123
