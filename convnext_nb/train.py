@@ -363,12 +363,11 @@ class Progress:
     ):
         self.epoch_steps, self.device = epoch_steps, device
         self.rank, self.world = rank_and_world_size()
-        self.epoch = self.batch = 0  # epochs done, batches of the next one
+        self.epoch = self.batch = 0  # epochs done, batches done of the next one
         self.skipped = 0             # steps in a row that float16 has skipped
         self.seconds, self.history = 0., []  # of this epoch; a dict for each epoch done
         # of this epoch: loss, accuracy, gradient norm
         self.sums = torch.zeros(3, dtype=torch.float64, device=device)
-
     @property
     def step(self): return self.epoch * self.epoch_steps + self.batch
 
@@ -394,7 +393,6 @@ class Run(Progress):
         self.net, self.update = _wrap(cfg, self.model, device, self.dtype)
         seed = mix_seed(cfg.seed, self.rank)
         torch.manual_seed(seed), random.seed(seed), np.random.seed(seed)
-
     @property
     def eval_model(self): return self.ema.module if self.ema else self.model
 
@@ -433,7 +431,7 @@ def train_step(
     return run.update(run, x, y)
 
 # %% ../nbs/03_train.ipynb #aee7bb54
-def update(run: Run, x, y):
+def update(run: Run, x, y):  # x and y as in `train_step`, on the device
     "`train_step` without the schedule: work for the device alone."
     cfg, loss, right = run.cfg, 0, 0
     autocast = torch.autocast(run.device.type, run.dtype, run.dtype != torch.float32)
@@ -534,8 +532,8 @@ def train_epoch(
             run.sums += torch.stack(values).nan_to_num(0, 0, 0).sum(0)
             now = time.perf_counter()
             run.seconds, clock = run.seconds + now - clock, now
-            steps, values = len(values), []
-            after_steps(steps)
+            after_steps(len(values))
+            values = []
 
 # %% ../nbs/03_train.ipynb #a3cce073
 def check_finite(
@@ -545,8 +543,7 @@ def check_finite(
 ):
     "FloatingPointError at the first step that was not finite; float16 may skip a few."
     for step, (loss, _, norm) in enumerate(values, run.step - len(values) + 1):
-        good = math.isfinite(loss) and math.isfinite(norm)
-        run.skipped = 0 if good else run.skipped + 1
+        run.skipped = 0 if math.isfinite(loss + norm) else run.skipped + 1
         if run.skipped <= patience * run.scaler.is_enabled(): continue
         bad = f"gradient's norm is {norm}" if math.isfinite(loss) else f"loss is {loss}"
         lr = lr_at(step - 1, run.cfg, run.epoch_steps)

@@ -145,7 +145,7 @@ def test_reading_order_is_layer_order(path):
         assert set(imported(source)) <= {*below, name}, c.source
 
 
-LIGHT = "timm torchvision sklearn matplotlib fastcore triton"
+LIGHT = "timm torchvision sklearn matplotlib fastcore"
 
 
 @pytest.mark.parametrize("module, absent", [("model", f"{LIGHT} PIL"), ("train", LIGHT)])

@@ -304,13 +304,12 @@ def test_learns_real_cifar10(tmp_path):
     for root in (many, few): links(real / "test", root / "test", 0, 4)
     def top1(name, root, *args):
         p = convnext_train("--dataset", "imagefolder", "--data_dir", root, "--patch_size", 2,
-                           "--depths", "1,2,1", "--dims", "32,64,128", "--kernel_size", 3,
+                           "--depths", "1,1,1", "--dims", "24,48,96", "--kernel_size", 3,
                            "--epochs", 3, "--val_fraction", 0, "--device", "cpu",
                            "--out", tmp_path / name, *args)
         assert p.returncode == 0, p.stderr
         return result(tmp_path / name)["test_top1"]
-    first = top1("run", many, "--batch_size", 64, "--warmup_epochs", 1, "--optimizer", "muon",
-                 "--lr", 8e-3)
+    first = top1("run", many, "--batch_size", 64, "--warmup_epochs", 1)
     scratch = top1("scratch", few, "--batch_size", 50, "--lr", 1e-3)
     tuned = top1("tuned", few, "--batch_size", 50, "--lr", 1e-3, "--layer_decay", .7,
                  "--weights", tmp_path / "run" / "best.safetensors")
