@@ -33,11 +33,13 @@ from .model import ConvNeXt, create_model
 @dataclass(frozen=True)
 class ModelConfig(DataConfig):
     "The network."
-    model: str = "convnext_atto"  # one of `list_models()`
+    # convnext_ and atto to xlarge, or convnextv2_ and atto to huge: `list_models()`
+    model: str = "convnext_atto"
     # file or timm tag to start from, such as convnext_tiny.fb_in1k; None: from scratch
     weights: str | None = None
     depths: str | None = None   # blocks of each stage, such as 2,4,2; None: the model's
-    dims: str | None = None  # channels of each stage, such as 48,96,192; None: likewise
+    # channels of each stage, such as 48,96,192; None: the model's
+    dims: str | None = None
     kernel_size: int = 7        # side of the depthwise kernels; 3 and 5 suit small maps
     # the stem's kernel and stride; None: the data set's, else 4 for images above
     # 64 pixels, 2 from 16 to 64, 1 below
