@@ -579,12 +579,14 @@ def _explain_torch_errors():
     except torch.OutOfMemoryError:
         raise MemoryError("the GPU's memory is full; use a smaller --batch_size, "
                           "or more --grad_accum_steps") from None
-    except dist.DistError as e: raise OSError(str(e).strip().splitlines()[-1]) from None
+    except BrokenPipeError: raise
+    except (dist.DistError, OSError) as e:  # a worker's ends with the error itself
+        message = (str(e).strip() or repr(e)).splitlines()[-1]
+        raise OSError(message.removeprefix("OSError: ")) from None
     except RuntimeError as e:
         first = (str(e).splitlines() or [""])[0]
         if "DataLoader worker" in str(e):
-            hint = "use --num_workers 0, or a larger /dev/shm"
-            raise OSError(f"{first}; {hint}") from None
+            raise OSError(f"{first}; use --num_workers 0, or more /dev/shm") from None
         if dist.is_initialized() and re.search("onnection|NCCL|peer", str(e)):
             raise OSError(f"another process of the run is gone: {first}") from None
         raise

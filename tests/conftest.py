@@ -1,5 +1,4 @@
 "Every test runs in one thread, and a file that somebody forgot to close is an error."
-import multiprocessing
 import os
 import shutil
 import subprocess
@@ -27,16 +26,6 @@ def finished(tmp_path_factory):
     last = p.stdout.splitlines()[-1]
     assert last.startswith("test accuracy ") and last.endswith(f"run folder: {out}")
     return out
-
-
-@pytest.fixture(scope="session")
-def fresh_processes():
-    "Processes that have everything imported: to be killed by the dozen, or to talk to each other."
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([
-        "convnext_nb.runs", "sklearn.datasets", "sklearn.model_selection", "matplotlib.pyplot",
-        "torch._dynamo", "torchvision.transforms.v2", "torchvision.datasets", "helpers"])
-    return context
 
 
 @pytest.fixture

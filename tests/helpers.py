@@ -1,10 +1,15 @@
 "What several tests use: the commands as processes, folders of images, runs compared to the bit."
 import json
+import multiprocessing
 import os
+import runpy
 import socket
 import subprocess
 import sys
+from multiprocessing.reduction import DupFd
 from pathlib import Path
+from threading import Thread
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -15,7 +20,6 @@ from convnext_nb.pretrained import read_file
 ROOT = Path(__file__).resolve().parent.parent
 TINY = "--depths 1,1 --dims 16,32 --device cpu".split()  # what is small trains in a second
 SMALL = [*TINY, "--epochs", "3", "--warmup_epochs", "1"]
-COMMAND = [sys.executable, "-c", "from convnext_nb.runs import main; main()"]
 IN_A_RUN = ["best.safetensors", "config.json", "curves.png", "history.csv", "last.pt",
             "result.json"]
 
@@ -28,15 +32,76 @@ def script(name, function):
     return [str(path)] if path.exists() else [sys.executable, "-c", code]
 
 
+# Processes that are forked with everything imported: seconds less for each of a hundred.
+FRESH = multiprocessing.get_context("forkserver")
+FRESH.set_forkserver_preload([
+    "convnext_nb.runs", "sklearn.datasets", "sklearn.model_selection", "matplotlib.pyplot",
+    "torch._dynamo", "torchvision.transforms.v2", "torchvision.datasets", "helpers"])
+
+
+def settle():
+    "First thing in a fresh process: one thread, and workers started as they are by default."
+    torch.set_num_threads(1)
+    multiprocessing.set_start_method(None, force=True)
+
+
+def call(stdout, stderr, function, args):
+    "In a fresh process: a function that prints into two pipes."
+    for fd, pipe in ((1, stdout), (2, stderr)): os.dup2(pipe.detach(), fd)
+    settle()
+    function(*args)
+
+
+class Fresh:
+    "A function in a fresh process; used like `subprocess.Popen`."
+    def __init__(self, function, *args):
+        out, err = os.pipe(), os.pipe()
+        pipes = DupFd(out[1]), DupFd(err[1])
+        self.process = FRESH.Process(target=call, args=(*pipes, function, args))
+        self.process.start()
+        for fd in (out[1], err[1]): os.close(fd)
+        self.pid, self.stdout, self.stderr = self.process.pid, open(out[0]), open(err[0])
+
+    def communicate(self, timeout=600):
+        written = {}
+        def read(pipe):
+            with pipe: written[pipe] = pipe.read()
+        readers = [Thread(target=read, args=[pipe]) for pipe in (self.stdout, self.stderr)]
+        for t in readers: t.start()
+        self.process.join(timeout)
+        if self.process.is_alive(): self.process.kill()
+        for t in readers: t.join()
+        self.process.join()
+        self.returncode = self.process.exitcode
+        return written[self.stdout], written[self.stderr]
+
+
+def train_main(args, prepare):
+    "The command `convnext-train`."
+    from convnext_nb.runs import main
+    if prepare: prepare()
+    main(args)
+
+
+def start(*args, prepare=None):
+    "convnext-train in the background; `prepare` is called first, in its process."
+    return Fresh(train_main, [*map(str, args)], prepare)
+
+
 def convnext_train(*args, **kw):
-    command = [*COMMAND, *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=600, **kw)
+    "The command to its end."
+    p = start(*args, **kw)
+    out, err = p.communicate()
+    return subprocess.CompletedProcess(args, p.returncode, out, err)
 
 
-def start(*args, **kw):
-    "The command in the background."
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return subprocess.Popen([*COMMAND, *map(str, args)], **pipes, **kw)
+def set_environ(values): os.environ.update(values)
+
+
+def groups(n):
+    "The environments of n processes, as torchrun sets them."
+    shared = dict(WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    return [shared | dict(RANK=str(r), LOCAL_RANK=str(r)) for r in range(n)]
 
 
 def fails(*args, **kw):
@@ -102,11 +167,23 @@ def torchrun(n, *args, **kw):
     return subprocess.Popen(command, env=env, **pipes, **kw)
 
 
-def benchmark(folder, name, *args, status=0, **env):
+def run_script(path, args, environ):
+    "A benchmark, and, if it is gpu.py, the scripts that it starts: all in this process."
+    real = subprocess.run
+    def run(command, env=(), **kw):
+        if command[0] != sys.executable: return real(command, **kw)
+        os.environ.update(env)
+        sys.argv = command[1:]
+        runpy.run_path(command[1], run_name="__main__")
+    torch._dynamo.config.disable = True
+    sys.path.insert(0, str(path.parent))
+    os.chdir(path.parent.parent)
+    with patch("subprocess.run", run): run([sys.executable, str(path), *args], environ)
+
+
+def benchmark(folder, name, *args, status=0, **environ):
     "What a benchmark of a copy of that folder prints."
-    env = os.environ | env | dict(PYTHONPATH=str(ROOT), TORCH_COMPILE_DISABLE="1")
-    command = [sys.executable, f"benchmarks/{name}.py", *map(str, args)]
-    p = subprocess.run(command, cwd=folder.parent, env=env, capture_output=True, text=True,
-                       timeout=600)
-    assert p.returncode == status, p.stderr
-    return p.stdout if status == 0 else p.stderr
+    p = Fresh(run_script, folder / f"{name}.py", [*map(str, args)], environ)
+    out, err = p.communicate()
+    assert p.returncode == status, err
+    return out if status == 0 else err

@@ -42,8 +42,8 @@ def test_cifar_stages(benchmarks, cifar10):
 
 def test_study_stage(benchmarks, cifar10):
     def study(minutes):
-        benchmark(benchmarks, "gpu", "study", *TINY, "--only", "kernels 3x3",
-                  "--minutes", minutes, CONVNEXT_NB_CIFAR10=cifar10)
+        benchmark(benchmarks, "gpu", "study", *TINY, "--only", "kernels 3x3", "--minutes", minutes,
+                  "--amp_dtype", "float32", CONVNEXT_NB_CIFAR10=cifar10)
         return read(benchmarks)
     r = study(9)
     found = {(s["start"], s["change"][:5], s["seeds"]) for s in r["summary"]}
@@ -75,7 +75,7 @@ def ladder(folder, *args):
 
 def test_ladder_goes_on_where_it_stopped(benchmarks, tmp_path):
     root = tree(tmp_path / "tree", dict(train=40, test=1), (32, 32), classes=list("abcdefghij"))
-    args = ["--data_dir", root, "--scale", .125, "--fraction", 1, "--epochs", 2,
+    args = ["--data_dir", root, "--scale", .125, "--depth", .34, "--fraction", 1, "--epochs", 2,
             "--batch_size", 16, "--only", "kernel 7", "kernel 11", "GELU"]
     assert ladder(benchmarks, *args, "--seeds", 1).count("seed 0") == 3
     r = read(benchmarks, "ladder_cpu")

@@ -11,7 +11,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from helpers import free_port, tree
+from helpers import FRESH, free_port, settle, tree
 from torch import distributed as dist
 
 from convnext_nb.data import DataConfig, create_loaders
@@ -89,7 +89,7 @@ def test_damaged_download_is_refused(cifar10, tmp_path):
 
 def save_share(root, out, image_size, rank, world, port):
     "In a process of its own: the batches of one epoch, everything switched on."
-    torch.set_num_threads(1)
+    settle()
     os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo", rank=rank, world_size=world)
     cfg = DataConfig(dataset="imagefolder", data_dir=str(root), image_size=image_size,
@@ -103,13 +103,12 @@ def save_share(root, out, image_size, rank, world, port):
 
 @pytest.mark.parametrize("size, image_size", [((32, 32), 32), ((80, 100), 96)],
                          ids=["memory", "files"])
-def test_processes_share_the_same_batches(fresh_processes, tmp_path, size, image_size):
+def test_processes_share_the_same_batches(tmp_path, size, image_size):
     "One, two and four processes: put together, their batches are equal to the bit."
     root, whole = tree(tmp_path / "tree", dict(train=10, test=1), size), {}
     for n in (1, 2, 4):
         port = free_port()
-        ranks = [fresh_processes.Process(target=save_share,
-                                         args=(root, tmp_path, image_size, r, n, port))
+        ranks = [FRESH.Process(target=save_share, args=(root, tmp_path, image_size, r, n, port))
                  for r in range(n)]
         for p in ranks: p.start()
         for p in ranks: p.join(timeout=300)

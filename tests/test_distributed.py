@@ -1,59 +1,69 @@
-"torchrun with two processes on the CPU."
+"Two processes on the CPU, and torchrun."
 import os
 import signal
 import subprocess
 import time
+from contextlib import suppress
+from functools import partial
 
 import torch
-from helpers import IN_A_RUN, TINY, assert_same_run, names, torchrun
+from helpers import (
+    IN_A_RUN,
+    TINY,
+    Fresh,
+    assert_same_run,
+    groups,
+    names,
+    set_environ,
+    start,
+    torchrun,
+)
 
+from convnext_nb import data, train
 from convnext_nb.pretrained import read_file
 
-TWENTY = """
-import os, sys, torch
-torch.set_default_dtype(torch.float64)
-from convnext_nb import data, train
-real = data.Loader.batch_transform
-def doubles(self):
-    transform = real(self)
-    def wider(b, x, i):
-        x, y = transform(b, x, i)
-        order.append(i[len(i) - len(x):].tolist())
-        return x.double(), y.double() if y.is_floating_point() else y
-    return wider
-data.Loader.batch_transform = doubles
 
-def stop(steps):
-    if run.batch == 20: raise StopIteration
+def save_twenty_steps(out, environ):
+    """In a process of its own: twenty steps in float64, everything switched on.
 
-with data.process_group("cpu") as device:
-    for name, kw in {"adamw": {}, "muon": dict(optimizer="muon", grad_accum_steps=2)}.items():
-        order = []
-        cfg = train.TrainConfig(
-            device="cpu", batch_size=32, depths="1,1", dims="16,32", mixup=.8, cutmix=1.,
-            random_erasing=.25, clip_grad=1., **kw)
-        train_dl, val_dl, _ = data.create_loaders(cfg)
-        run = train.Run(cfg, train_dl.info, len(train_dl), device)
-        try: train.train_epoch(run, train_dl, stop)
-        except StopIteration: pass
-        found = dict(model=run.model.state_dict(), ema=run.ema.module.state_dict(),
-                     order=order[:20], result=train.evaluate(run.model, val_dl))
-        torch.save(found, f"{sys.argv[1]}/{name}_{run.world}_{run.rank}.pt")
-os._exit(0)  # as convnext_nb.runs does after a run of several processes
-"""
+    With AdamW, and with Muon and two parts a step.
+    """
+    os.environ |= environ
+    torch.set_default_dtype(torch.float64)
+    real, order = data.Loader.batch_transform, []
+    def doubles(self):
+        transform = real(self)
+        def wider(b, x, i):
+            x, y = transform(b, x, i)
+            order.append(i[len(i) - len(x):].tolist())
+            return x.double(), y.double() if y.is_floating_point() else y
+        return wider
+    data.Loader.batch_transform = doubles
+    def stop(steps):
+        if run.batch == 20: raise StopIteration
+    with data.process_group("cpu") as device:
+        for name, kw in dict(adamw={}, muon=dict(optimizer="muon", grad_accum_steps=2)).items():
+            order.clear()
+            cfg = train.TrainConfig(
+                device="cpu", batch_size=32, depths="1,1", dims="16,32", mixup=.8, cutmix=1.,
+                random_erasing=.25, clip_grad=1., **kw)
+            train_dl, val_dl, _ = data.create_loaders(cfg)
+            run = train.Run(cfg, train_dl.info, len(train_dl), device)
+            with suppress(StopIteration): train.train_epoch(run, train_dl, stop)
+            found = dict(model=run.model.state_dict(), ema=run.ema.module.state_dict(),
+                         order=order[:20], result=train.evaluate(run.model, val_dl))
+            torch.save(found, out / f"{name}_{run.world}_{run.rank}.pt")
+    os._exit(0)  # as convnext_nb.runs does after a run of several processes
 
 
 def test_two_processes_learn_what_one_learns(tmp_path):
-    """Twenty steps in float64, everything switched on, AdamW, and Muon with two parts a step.
-
-    Parameters, their average, the order of the images, the evaluation.
-    """
-    (tmp_path / "twenty.py").write_text(TWENTY)
+    "Parameters, their average, the order of the images, the evaluation."
     for n in (1, 2):
-        p = torchrun(n, tmp_path / "twenty.py", tmp_path)
-        _, err = p.communicate(timeout=300)
-        assert p.returncode == 0, err
-        assert "strides" not in err  # DDP's warning that gradients do not lie as its buckets do
+        ranks = [Fresh(save_twenty_steps, tmp_path, group) for group in groups(n)]
+        for p in ranks:
+            _, err = p.communicate()
+            assert p.returncode == 0, err
+            assert "strides" not in err  # DDP: gradients do not lie as its buckets do
     for name in ("adamw", "muon"):
         one, *two = (torch.load(tmp_path / f"{name}_{n}.pt") for n in ("1_0", "2_0", "2_1"))
         assert one["order"] == [a + b for a, b in zip(*(r["order"] for r in two))]
@@ -67,31 +77,43 @@ def test_two_processes_learn_what_one_learns(tmp_path):
             assert abs(rank["result"]["loss"] - one["result"]["loss"]) < 1e-6
 
 
-def test_torchrun(tmp_path):
-    "One folder; stopped and resumed; a killed process ends the run; mistakes are told."
-    small = ["-m", "convnext_nb.runs", *TINY, "--image_size", 16, "--patch_size", 2,
-             "--batch_size", 32, "--drop_path_rate", .1]
-    def wait_for_a_checkpoint(out):
-        while not (out / "last.pt").exists(): time.sleep(.01)
+def several(n, *args):
+    "convnext-train in n processes, as torchrun would start it; exit status and output of each."
+    ranks = [start(*args, prepare=partial(set_environ, group)) for group in groups(n)]
+    return [(p.communicate(), p.returncode) for p in ranks]
 
-    whole, stopped, killed = (tmp_path / name for name in ("whole", "stopped", "killed"))
-    p = torchrun(2, *small, "--epochs", 1, "--out", whole)
-    out, err = p.communicate(timeout=300)
-    assert p.returncode == 0 and out.count("epoch 1/1") == out.count("test accuracy") == 1, err
-    assert "strides" not in err
+
+SMALL = [*TINY, "--image_size", 16, "--patch_size", 2, "--batch_size", 32,
+         "--drop_path_rate", .1, "--checkpoint_steps", 5]
+
+
+def wait_for_a_checkpoint(out):
+    while not (out / "last.pt").exists(): time.sleep(.01)
+
+
+def test_torchrun_is_stopped_and_goes_on(tmp_path):
+    "One folder of two processes; the mistake of one is told."
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    (((out, err), status), ((out1, _), status1)) = several(2, *SMALL, "--epochs", 1, "--out", whole)
+    assert status == status1 == 0 and "strides" not in err, err
+    assert out.count("epoch 1/1") == out.count("test accuracy") == 1 and not out1
     assert names(whole) == IN_A_RUN
-
-    p = torchrun(2, *small, "--epochs", 1, "--checkpoint_steps", 5, "--out", stopped)
+    p = torchrun(2, "-m", "convnext_nb.runs", *SMALL, "--epochs", 1, "--out", stopped)
     wait_for_a_checkpoint(stopped)
     p.send_signal(signal.SIGTERM)
     p.communicate(timeout=120)
     assert p.returncode and 5 <= read_file(stopped / "last.pt")["batch"] <= 40
-    p = torchrun(2, *small, "--epochs", 1, "--resume", "--out", stopped, "--checkpoint_steps", 5)
-    _, err = p.communicate(timeout=300)
-    assert p.returncode == 0, err
+    for (_, err), status in several(2, *SMALL, "--epochs", 1, "--resume", "--out", stopped):
+        assert status == 0, err
     assert_same_run(whole, stopped)
+    for (_, err), status in several(2, *SMALL, "--epochs", 1, "--out", whole):
+        assert status == 2 and err.startswith("convnext-train: error: ")
+        assert "already holds a run" in err
 
-    p = torchrun(2, *small, "--epochs", 500, "--checkpoint_steps", 5, "--out", killed)
+
+def test_torchrun_ends_with_a_killed_process(tmp_path):
+    killed = tmp_path / "killed"
+    p = torchrun(2, "-m", "convnext_nb.runs", *SMALL, "--epochs", 500, "--out", killed)
     wait_for_a_checkpoint(killed)
     ps = ["ps", "-o", "pid=", "--ppid", str(p.pid)]
     workers = subprocess.run(ps, capture_output=True, text=True).stdout.split()
@@ -101,7 +123,3 @@ def test_torchrun(tmp_path):
     assert p.returncode and time.monotonic() - began < 100
     assert not (killed / "result.json").exists()
     assert read_file(killed / "last.pt")["batch"] >= 0
-
-    p = torchrun(2, *small, "--epochs", 1, "--out", whole)
-    _, err = p.communicate(timeout=120)
-    assert p.returncode and "convnext-train: error: " in err and "already holds a run" in err

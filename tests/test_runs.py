@@ -7,12 +7,13 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from random import Random
 
 import pytest
-import torch
 from helpers import (
+    FRESH,
     IN_A_RUN,
     ROOT,
     SMALL,
@@ -23,6 +24,7 @@ from helpers import (
     names,
     result,
     script,
+    settle,
     start,
     tree,
 )
@@ -50,7 +52,9 @@ def test_nothing_is_left_open(tmp_path):
 
 def test_a_closed_pipe_stops_the_run_quietly(tmp_path):
     "convnext-train ... | head -n 1: no error; what was done is saved."
-    p = start(*SMALL, "--out", tmp_path / "run")
+    command = [*script("convnext-train", "runs:main"), *SMALL, "--out", tmp_path / "run"]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    p = subprocess.Popen(command, **pipes)
     while not p.stdout.readline().startswith("epoch 1/3"): pass
     p.stdout.close()
     assert p.wait(timeout=120) == 128 + signal.SIGPIPE and p.stderr.read() == ""
@@ -59,8 +63,7 @@ def test_a_closed_pipe_stops_the_run_quietly(tmp_path):
     p = convnext_train("--out", tmp_path / "run", "--resume")
     assert p.returncode == 0 and names(tmp_path / "run") == IN_A_RUN
     for name, function in (("convnext-eval", "runs:main_eval"), ("convnext-train", "runs:main")):
-        p = subprocess.Popen([*script(name, function), "--help"], stdout=subprocess.PIPE,
-                             stderr=subprocess.PIPE, text=True)
+        p = subprocess.Popen([*script(name, function), "--help"], **pipes)
         p.stdout.close()
         assert p.stderr.read() == "" and p.wait(timeout=60) in (0, 141)
         p.stderr.close()
@@ -93,7 +96,7 @@ def test_stopped_by_a_signal_and_resumed(finished, tmp_path, sig):
     p = start(*SMALL, "--out", out)
     while not p.stdout.readline().startswith("epoch 1/3"): pass
     time.sleep(.05)  # within epoch 2
-    p.send_signal(sig)
+    os.kill(p.pid, sig)
     _, err = p.communicate(timeout=60)
     assert p.returncode == 128 + sig and "--resume" in err and "Traceback" not in err
     state = read_file(out / "last.pt")
@@ -128,7 +131,7 @@ SEVERAL = dict(epochs=2, warmup_epochs=1, drop_path_rate=.2, image_size=16, patc
 def train_quietly(out, steps, **kw):
     "In a process of its own: train, and count the steps."
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    torch.set_num_threads(1)
+    settle()
     from convnext_nb import runs, train
     real = train.train_step
     def counting(run, x, y):
@@ -154,14 +157,14 @@ KILLS = int(os.environ.get("CONVNEXT_NB_KILLS", 10))
 
 @pytest.mark.parametrize("sig, times", [(signal.SIGKILL, KILLS), (signal.SIGTERM, 10)],
                          ids=["SIGKILL", "SIGTERM"])
-def test_killed_at_any_instant(fresh_processes, tmp_path, sig, times):
+def test_killed_at_any_instant(tmp_path, sig, times):
     """Whatever the instant, the runs end like one that was never killed; SIGTERM loses no step.
 
     Mid-epoch, mid-evaluation, mid-write. CONVNEXT_NB_KILLS=100 kills a hundred times.
     """
     def start(out):
-        steps = fresh_processes.Value("q", 0)
-        p = fresh_processes.Process(target=train_quietly, args=(out, steps))
+        steps = FRESH.Value("q", 0)
+        p = FRESH.Process(target=train_quietly, args=(out, steps))
         p.start()
         return p, steps
     for name in ("warm", "whole"):  # the first starts the server of processes
@@ -176,7 +179,7 @@ def test_killed_at_any_instant(fresh_processes, tmp_path, sig, times):
     while kills < times or unfinished:
         out, unfinished = tmp_path / f"run{run}", True
         p, steps = start(out)
-        target = (2 * run + 6 * here) % 20 + random.randint(1, 2)  # every run other steps
+        target = 2 * (run % 3) + 6 * here + random.randint(1, 2)  # beyond 20: it ends
         if kills < times: wait(p, steps, out, instants[kills % 4], target, random, seconds)
         else: p.join()
         here += 1
@@ -212,7 +215,7 @@ def test_workers_survive_a_signal_and_random_numbers_do_too(tmp_path):
             "--val_fraction", .2, "--drop_path_rate", .3]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert convnext_train(*args, "--out", whole).returncode == 0
-    p = start(*args, "--checkpoint_steps", 3, "--out", stopped, start_new_session=True)
+    p = start(*args, "--checkpoint_steps", 3, "--out", stopped, prepare=os.setsid)
     while not (stopped / "last.pt").exists(): time.sleep(.005)
     os.killpg(p.pid, signal.SIGINT)
     _, err = p.communicate(timeout=60)
@@ -246,8 +249,8 @@ def test_eval_command(finished):
 
 @pytest.mark.parametrize("limit_kb, name", [(20, "best.safetensors"), (150, "last.pt")])
 def test_full_disk_is_one_line_and_leaves_no_debris(tmp_path, limit_kb, name):
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit_kb * 1000,) * 2)
-    err = fails(*SMALL, "--out", tmp_path / "run", preexec_fn=limit)
+    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (limit_kb * 1000,) * 2)
+    err = fails(*SMALL, "--out", tmp_path / "run", prepare=limit)
     assert "cannot write" in err and name in err
     left = names(tmp_path / "run")
     assert name not in left and not any(n.endswith(".tmp") for n in left)
