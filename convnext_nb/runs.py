@@ -197,8 +197,7 @@ def _read_history(run_dir):
     "Columns of history.csv, as floats; nan where a field is empty."
     path = Path(run_dir) / "history.csv"
     if not path.is_file():
-        raise FileNotFoundError(
-            f"there is no {path}; a run writes it after its first epoch")
+        raise FileNotFoundError(f"there is no {path}; each epoch of a run writes it")
     with path.open() as f: rows = list(csv.DictReader(f))
     return {k: [float(r[k] or "nan") for r in rows] for k in rows[0]}
 
@@ -580,9 +579,9 @@ def _explain_torch_errors():
         raise MemoryError("the GPU's memory is full; use a smaller --batch_size, "
                           "or more --grad_accum_steps") from None
     except BrokenPipeError: raise
-    except (dist.DistError, OSError) as e:  # a worker's ends with the error itself
-        message = (str(e).strip() or repr(e)).splitlines()[-1]
-        raise OSError(message.removeprefix("OSError: ")) from None
+    except OSError as e:  # a worker's: without its traceback
+        raise OSError(re.split(r"^\w+Error: ", str(e), flags=re.M)[-1]) from None
+    except dist.DistError as e: raise OSError(str(e).strip().splitlines()[-1]) from None
     except RuntimeError as e:
         first = (str(e).splitlines() or [""])[0]
         if "DataLoader worker" in str(e):
@@ -622,8 +621,7 @@ def _eval_parser():
     parser.add_argument("--split", choices=["train", "val", "test"], default="test",
                         help="which images (default: test)")
     parser.add_argument("--tta", action="store_true",
-                        help="test-time augmentation: mean over shifts by a pixel, and "
-                             "mirror images where the classes allow it")
+                        help="test-time augmentation: shifted and mirrored images too")
     for name, kind, text in (
             ("data_dir", str, "where the data are, if not where they were"),
             ("device", str, "cpu or cuda"), ("batch_size", int, "images at a time"),
