@@ -1,14 +1,13 @@
 "Every test runs in one thread, and a file that somebody forgot to close is an error."
 import os
 import shutil
-import subprocess
 
 import pytest
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; several tests run at once
 os.environ["PYTHONWARNINGS"] = "error::ResourceWarning"  # in the processes that tests start
 
-from helpers import ROOT, SMALL, script  # noqa: E402
+from helpers import ROOT, SMALL, convnext_train  # noqa: E402
 
 
 def pytest_configure(config):
@@ -18,10 +17,9 @@ def pytest_configure(config):
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
-    "A run that was never interrupted, started by the installed console script."
+    "A run that was never interrupted."
     out = tmp_path_factory.mktemp("run") / "whole"
-    command = [*script("convnext-train", "runs:main"), *SMALL, "--out", out]
-    p = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    p = convnext_train(*SMALL, "--out", out)
     assert p.returncode == 0 and not p.stderr, p.stderr
     last = p.stdout.splitlines()[-1]
     assert last.startswith("test accuracy ") and last.endswith(f"run folder: {out}")

@@ -18,7 +18,7 @@ def read(folder, name="tiny"):
 @pytest.fixture
 def cifar10(tmp_path):
     "A tree in CIFAR-10's place: four classes of noise."
-    return str(tree(tmp_path / "tree", dict(train=80, test=10), (32, 32), classes=list("abcd")))
+    return str(tree(tmp_path / "tree", dict(train=40, test=10), (32, 32), classes=list("abcd")))
 
 
 def test_cifar_stages(benchmarks, cifar10):
