@@ -1,9 +1,12 @@
 "The stages for a GPU and their scripts, on the CPU with tiny values."
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
-from helpers import benchmark, tree
+from helpers import ROOT, benchmark, tree
 
 TINY = ["--device", "cpu", "--epochs", 1, "--seeds", 1, "--name", "tiny"]
 NET = ["--dims", "8,16,32", "--depths", "1,1,1", "--batch_size", 16, "--warmup_epochs", 0,
@@ -52,8 +55,12 @@ def test_study_stage(benchmarks, cifar10):
 
 
 def test_data_stage(benchmarks):
-    small = ["--images", 600, "--rounds", 2, "--steps", 2, "--batch_size", 64]
-    benchmark(benchmarks, "gpu", "data", "--device", "cpu", *small, "--name", "tiny")
+    "Here gpu.py and the script that it starts are processes, as for a user."
+    small = "--images 600 --rounds 2 --steps 2 --batch_size 64 --device cpu --name tiny".split()
+    p = subprocess.run([sys.executable, "benchmarks/gpu.py", "data", *small], text=True,
+                       cwd=benchmarks.parent, env=os.environ | dict(PYTHONPATH=str(ROOT)),
+                       capture_output=True, timeout=600)
+    assert p.returncode == 0, p.stderr
     r = json.loads((benchmarks / "results" / "tiny.json").read_text())["settings"]
     assert r["torchvision_over_ours"]["ratio"] > 0 and r["waiting"]["share"] < 1
 
