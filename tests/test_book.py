@@ -1,16 +1,21 @@
 "The notebooks, the package and the README say the same thing, and the layers point one way."
 import ast
+import dataclasses
+import importlib
 import importlib.util
+import inspect
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import nbformat
 import pytest
+from fastcore.docments import docments
 from helpers import ROOT
 from nbdev.config import get_config
 
@@ -112,7 +117,51 @@ def test_cells_hold_one_idea():
 
 @pytest.mark.parametrize("name", MODULES)
 def test_modules_are_short(name):
-    assert len((ROOT / "convnext_nb" / f"{name}.py").read_text().splitlines()) <= 650
+    assert len((ROOT / "convnext_nb" / f"{name}.py").read_text().splitlines()) <= 700  # parameter comments included
+
+
+def documented(f):
+    "The functions to describe in a public name: itself, or a class's constructor and methods."
+    if not inspect.isclass(f) or dataclasses.is_dataclass(f): yield f.__name__, f
+    if inspect.isclass(f):
+        for name, method in vars(f).items():
+            public = not name.startswith("_")
+            if name == "__init__": public = not dataclasses.is_dataclass(f)
+            if public and inspect.isfunction(method): yield f"{f.__name__}.{name}", method
+
+
+def comments(f):
+    "The comment beside each parameter; a configuration inherits those of its base."
+    mro = reversed(f.__mro__) if inspect.isclass(f) else [f]
+    found = {}
+    for b in [b for b in mro if b is f or dataclasses.is_dataclass(b)]: found |= {k: v for k, v in docments(b).items() if v or k not in found}
+    return found
+
+
+def raised(f):
+    "The exceptions that the code of `f` names."
+    for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(f)))):
+        if isinstance(node, ast.Raise) and node.exc:
+            yield ast.unparse(node.exc.func if isinstance(node.exc, ast.Call) else node.exc)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_public_names_are_documented(name):
+    "A docstring, a comment beside each parameter, and the errors by name."
+    module = importlib.import_module(f"convnext_nb.{name}")
+    missing = []
+    for public in (getattr(module, name) for name in module.__all__):
+        if not callable(public): continue
+        whole = inspect.getdoc(public) or ""
+        for qualified, f in documented(public):
+            doc = inspect.getdoc(f) or ""
+            if not doc and not qualified.endswith("__init__"): missing.append(qualified)
+            for parameter, comment in comments(f).items():
+                if parameter not in ("self", "cls", "return") and not comment:
+                    missing.append(f"{qualified}({parameter})")
+            if inspect.isclass(f): continue
+            missing += [f"{qualified}: {error}" for error in raised(f) if error not in whole + doc]
+    assert not missing, "\n".join(missing)
 
 
 def imported(source):
