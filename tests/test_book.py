@@ -120,14 +120,14 @@ def test_modules_are_short(name):
     assert len((ROOT / "convnext_nb" / f"{name}.py").read_text().splitlines()) <= 700  # parameter comments included
 
 
-def documented(f):
+def documented(name, f):
     "The functions to describe in a public name: itself, or a class's constructor and methods."
-    if not inspect.isclass(f) or dataclasses.is_dataclass(f): yield f.__name__, f
+    if not inspect.isclass(f) or dataclasses.is_dataclass(f): yield name, f
     if inspect.isclass(f):
-        for name, method in vars(f).items():
-            public = not name.startswith("_")
-            if name == "__init__": public = not dataclasses.is_dataclass(f)
-            if public and inspect.isfunction(method): yield f"{f.__name__}.{name}", method
+        for key, method in vars(f).items():
+            public = not key.startswith("_")
+            if key == "__init__": public = not dataclasses.is_dataclass(f)
+            if public and inspect.isfunction(method): yield f"{name}.{key}", method
 
 
 def comments(f):
@@ -150,10 +150,11 @@ def test_public_names_are_documented(name):
     "A docstring, a comment beside each parameter, and the errors by name."
     module = importlib.import_module(f"convnext_nb.{name}")
     missing = []
-    for public in (getattr(module, name) for name in module.__all__):
+    for public_name in module.__all__:
+        public = getattr(module, public_name)
         if not callable(public): continue
         whole = inspect.getdoc(public) or ""
-        for qualified, f in documented(public):
+        for qualified, f in documented(public_name, public):
             doc = inspect.getdoc(f) or ""
             if not doc and not qualified.endswith("__init__"): missing.append(qualified)
             for parameter, comment in comments(f).items():
