@@ -12,7 +12,7 @@ PYTEST ?= $(BIN)/python -m pytest -q -ra -n 2 --dist worksteal -o tmp_path_reten
 export PYTHONDONTWRITEBYTECODE =
 
 .DEFAULT_GOAL := help
-.PHONY: help train lab test lint export readme gpu clean
+.PHONY: help train lab test lint export readme book gpu clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -44,7 +44,7 @@ test: $(VENV)/.installed-dev lint  ## lint, run every notebook, then pytest; TES
 
 lint: $(VENV)/.installed-dev  ## errors, unused names, import order, likely bugs, long lines: .ruff.toml
 	$(BIN)/ruff check nbs/*.ipynb convnext_nb
-	$(BIN)/ruff check --line-length 100 nbs/_book.py tests benchmarks setup.py
+	$(BIN)/ruff check --line-length 100 nbs/_book.py book tests benchmarks setup.py
 
 export: $(VENV)/.installed-dev  ## notebooks -> package and README; badges from settings.ini
 	$(BIN)/python nbs/_book.py
@@ -53,10 +53,13 @@ export: $(VENV)/.installed-dev  ## notebooks -> package and README; badges from 
 
 readme: export  ## README.md from nbs/index.ipynb
 
+book: $(VENV)/.installed-dev  ## the web edition, from the committed outputs: _site/index.html
+	OMP_NUM_THREADS=1 $(BIN)/python book/build.py
+
 # STAGE: test triton bench compile kernels data cifar best study ladder all
 gpu:  ## on a CUDA machine, with the Python at hand: STAGE=..., at most 9 minutes each (benchmarks/gpu.py)
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu.py $(STAGE) $(ARGS)
 
 clean:  ## remove the environment, the runs and what building leaves
-	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache
+	rm -rf $(VENV) _site runs build dist *.egg-info .pytest_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -59,8 +59,8 @@ def readme():
         if hidden: cell.metadata.transient = {"remove_source": True}
     text, _ = MarkdownExporter().from_notebook_node(nb)
     text = re.sub(r"\n{3,}", "\n\n", text)
-    text = re.sub(r"\]\(\.\./", "](", text)                 # ../LICENSE -> LICENSE
-    text = re.sub(r"\]\((\w+\.ipynb)", r"](nbs/\1", text)   # 00_blocks.ipynb -> nbs/...
+    text = re.sub(r"\]\((\w+\.(ipynb|md)\b)", r"](nbs/\1", text)  # 00_blocks.ipynb -> nbs/...
+    text = re.sub(r"\]\(\.\./", "](", text)                          # ../LICENSE -> LICENSE
     return "<!-- Made from nbs/index.ipynb by `make readme`. -->\n\n" + text.strip() + "\n"
 
 

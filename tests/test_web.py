@@ -1,0 +1,163 @@
+"The web edition and a chapter in JupyterLab, in a real browser: the system's Chromium."
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+from urllib.parse import unquote, urlsplit
+
+import nbformat
+import pytest
+from filelock import FileLock
+from helpers import ROOT
+from playwright.sync_api import expect, sync_playwright
+
+CHAPTER = ROOT / "nbs" / "00_blocks.ipynb"
+NAMES = "chromium", "chromium-browser", "google-chrome"
+CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
+browser_test = pytest.mark.skipif(not CHROMIUM, reason="needs Chromium: apt-get install chromium")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_playwright() as p:
+        flags = ["--no-sandbox", "--disable-gpu"]
+        yield p.chromium.launch(executable_path=CHROMIUM, args=flags).new_context()
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    "The folder of the web edition, built once for all processes that test it."
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "site"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            command = [sys.executable, "book/build.py", folder]
+            p = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+            assert p.returncode == 0 and "WARNING" not in p.stderr, p.stderr
+    return folder
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_): pass
+
+
+@pytest.fixture(scope="module")
+def address(site):
+    "The site on a server of this machine."
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=site)) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@contextmanager
+def opened(browser, url):
+    "A page at `url`, and what went wrong on it."
+    page, wrong = browser.new_page(), []
+    page.set_viewport_size(dict(width=1280, height=900))
+    page.on("console", lambda m: wrong.append(m.text) if m.type == "error" else None)
+    page.on("pageerror", lambda e: wrong.append(str(e)))
+    page.on("response", lambda r: wrong.append(f"{r.status}: {r.url}") if not r.ok else None)
+    page.goto(url)
+    yield page, wrong
+    page.close()
+
+
+def every(page, selector, value):
+    "A value of every element `e` of a page."
+    return page.evaluate(f"[...document.querySelectorAll('{selector}')].map(e => {value})")
+
+
+@browser_test
+def test_every_page_opens_and_every_link_leads_somewhere(browser, site, address):
+    found = (p.relative_to(site).as_posix() for p in site.rglob("*.html"))
+    pages = sorted(name for name in found if not name.startswith("_"))
+    chapters = {f"nbs/{p.stem}.html" for p in (ROOT / "nbs").glob("[0-9]*.ipynb")}
+    assert chapters | {"index.html", "api/blocks.html", "results/index.html"} <= set(pages)
+    problems, anchors, links = [], {}, set()
+    for name in pages:
+        with opened(browser, f"{address}/{name}") as (page, wrong):
+            for width in (1280, 390):
+                page.set_viewport_size(dict(width=width, height=900))
+                wide = page.evaluate("document.documentElement.scrollWidth")
+                if wide > width: problems.append(f"{name}: {wide} pixels wide of {width}")
+            problems += [f"{name}: {text}" for text in wrong]
+            anchors[name] = set(every(page, "[id]", "e.id"))
+            links |= {(name, u) for u in every(page, "a[href], link[href], img, script[src]",
+                                               "e.href || e.src")}
+    for name, url in sorted(links):
+        if not url.startswith(address): continue
+        parts = urlsplit(url)
+        target = unquote(parts.path).strip("/") or "index.html"
+        if not (site / target).is_file(): problems.append(f"{name}: {target} is not there")
+        elif parts.fragment and unquote(parts.fragment) not in anchors.get(target, ()):
+            problems.append(f"{name}: {target} has no #{parts.fragment}")
+    assert not problems, "\n".join(problems)
+
+
+@browser_test
+def test_search_finds_layer_scale(browser, address):
+    with opened(browser, f"{address}/search.html?q=LayerScale") as (page, wrong):
+        results = page.locator("#search-results li a[href*='nbs/00_blocks.html']")
+        expect(results.first).to_be_visible(timeout=30_000)
+        results.first.click()
+        expect(page.locator("article h1").first).to_contain_text("Blocks")
+        assert not wrong
+
+
+@browser_test
+def test_api_page_shows_parameters(browser, address):
+    with opened(browser, f"{address}/api/pretrained.html") as (page, wrong):
+        heading = page.get_by_role("heading", name="load_weights", level=2)
+        section = page.locator("section", has=heading).last
+        for parameter in ("model", "source", "num_classes"):
+            expect(section.locator("td", has_text=parameter).first).to_be_visible()
+        section.get_by_role("link", name="the cell that defines it").click()
+        expect(page.locator(":target ~ div.cell").first).to_contain_text("def load_weights(")
+        assert not wrong
+
+
+@pytest.fixture
+def lab(tmp_path):
+    "JupyterLab on a folder with chapter 00; its address."
+    shutil.copy(CHAPTER, tmp_path)
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--port=0",
+               "--ServerApp.ip=127.0.0.1", "--IdentityProvider.token=",
+               f"--notebook-dir={tmp_path}"]
+    folders = {f"JUPYTER_{k}_DIR": str(tmp_path / k) for k in ("CONFIG", "RUNTIME")}
+    env = os.environ | folders | dict(JUPYTER_PREFER_ENV_PATH="1")
+    with subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True) as process:
+        words = (word for line in process.stderr for word in line.split())
+        url = next(word for word in words if word.startswith("http://127"))
+        Thread(target=process.stderr.read, daemon=True).start()  # so that the pipe never fills
+        yield url
+        process.terminate()
+
+
+@browser_test
+def test_run_all_in_jupyterlab(browser, lab, tmp_path):
+    "As a reader runs chapter 00: opened in JupyterLab, Run All, no error, every cell run."
+    with opened(browser, f"{lab}/tree/{CHAPTER.name}") as (page, _):
+        expect(page.get_by_text("| Idle")).to_be_visible(timeout=60_000)
+        page.locator(".jp-Notebook").click()
+        page.locator(".lm-MenuBar-itemLabel", has_text="Run").click()
+        page.locator(".lm-Menu-itemLabel", has_text=re.compile(r"^Run All( Cells)?$")).click()
+        end, code = time.monotonic() + 120, []
+        while not code or not (code[-1].execution_count or errors(code)):
+            assert time.monotonic() < end, "the last cell was not reached"
+            page.wait_for_timeout(1000)
+            page.keyboard.press("Control+s")
+            saved = nbformat.read(tmp_path / CHAPTER.name, as_version=4)
+            code = [c for c in saved.cells if c.cell_type == "code"]
+        assert not errors(code)
+        assert all(c.execution_count for c in code if c.source)
+
+
+def errors(cells):
+    return [o for c in cells for o in c.outputs if o.output_type == "error"]
