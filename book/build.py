@@ -124,7 +124,8 @@ class Parameters(DocmentTbl):
             if value is inspect.Parameter.empty: cells[k] = ""
             elif k == "anno": cells[k] = f"`{getattr(value, '__name__', value)}`"
             elif k == "default": cells[k] = f"`{value!r}`"
-        return [f"`{name}`", *(str(c).replace("|", r"\|") for c in cells.values())]
+        texts = [str(c).replace("|", r"\|").replace("\n", " ") for c in cells.values()]
+        return [f"`{name}`", *texts]
 
 
 def signature(name, f):
@@ -202,29 +203,31 @@ def api_index():
 def shown(v):
     "A value in a cell."
     if v is None: return ""
-    return (f"{v:.4g}" if isinstance(v, float) else str(v)).replace("|", r"\|")
+    if isinstance(v, float): return f"{v:,.0f}" if abs(v) >= 1000 else f"{v:.4g}"
+    return str(v).replace("|", r"\|")
 
 
 def table(rows):
-    "A Markdown table of dictionaries; what is compared in a row, with its ratios, gets columns."
-    flat = []
-    for row in rows:
-        flat.append({})
-        for k, v in row.items():
-            if not isinstance(v, (dict, list)): flat[-1][k] = shown(v)
-            elif isinstance(v, dict) and all("ratio" in x for x in v.values()):
-                for name, x in v.items():
-                    first = next(k for k in x if k != "ratio")
-                    flat[-1][f"{name}, {first} (ratio)"] = f"{shown(x[first])} ({x['ratio']:.2f})"
-    columns = list(dict.fromkeys(k for row in flat for k in row))
-    lines = [columns, ["---"] * len(columns), *([row.get(k, "") for k in columns] for row in flat)]
+    "A Markdown table of dictionaries; what is no single value is left to the JSON file."
+    rows = [{k: v for k, v in row.items() if not isinstance(v, (dict, list))} for row in rows]
+    columns = list(dict.fromkeys(k for row in rows for k in row))
+    lines = [columns, ["---"] * len(columns)]
+    lines += [[shown(row.get(k)) for k in columns] for row in rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def rows_of(found):
-    "The summary or the settings of a result, as rows."
-    if isinstance(found, list): return found
-    return [{"": k, **(v if isinstance(v, dict) else {"value": v})} for k, v in found.items()]
+def tables(found):
+    "The summary or the settings of a result: one table, or one for each comparison."
+    if isinstance(found, dict):
+        found = [{"": k, **(v if isinstance(v, dict) else {"value": v})} for k, v in found.items()]
+    if not any(isinstance(v, dict) for v in found[0].values()):
+        yield table(found)
+        return
+    for setting in found:
+        peers = next(v for v in setting.values() if isinstance(v, dict))
+        told = [f"{k} {shown(v)}" for k, v in setting.items() if not isinstance(v, dict)]
+        yield f"### {', '.join(told)}"
+        yield table([{"": name, **values} for name, values in peers.items()])
 
 
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
@@ -250,7 +253,9 @@ def measured(path):
     yield f"# {path.stem}"
     yield from pictures(path)
     for key in ("summary", "settings"):
-        if result.get(key): yield f"## {key.capitalize()}\n\n{table(rows_of(result[key]))}"
+        if not result.get(key): continue
+        yield f"## {key.capitalize()}"
+        yield from tables(result[key])
     receipt = {k: v for k, v in result.items() if not isinstance(v, (dict, list))}
     for part in ("config", "how", "peaks"):
         receipt |= {f"{part}: {k}": v for k, v in result.get(part, {}).items()}
@@ -269,7 +274,7 @@ def results_index():
         result = json.loads(path.read_text())
         what = script(result)[1].split("\n\n")[0].replace("\n", " ")
         rows.append({"result": f"[{path.stem}]({path.stem}.md)", "what": what,
-                     "machine": f"{result['device']}, {result['threads']} threads"})
+                     "machine": result["device"], "threads": result["threads"]})
     yield table(rows)
     yield toctree([f"{path.stem}.md" for path in RESULTS])
 

@@ -62,11 +62,10 @@ def test_a_closed_pipe_stops_the_run_quietly(tmp_path):
     assert read_file(tmp_path / "run" / "last.pt")["epoch"] == 2
     p = convnext_train("--out", tmp_path / "run", "--resume")
     assert p.returncode == 0 and names(tmp_path / "run") == IN_A_RUN
-    for name, function in (("convnext-eval", "runs:main_eval"), ("convnext-train", "runs:main")):
-        p = subprocess.Popen([*script(name, function), "--help"], **pipes)
-        p.stdout.close()
-        assert p.stderr.read() == "" and p.wait(timeout=60) in (0, 141)
-        p.stderr.close()
+    p = subprocess.Popen([*script("convnext-eval", "runs:main_eval"), "--help"], **pipes)
+    p.stdout.close()
+    assert p.stderr.read() == "" and p.wait(timeout=60) in (0, 141)
+    p.stderr.close()
 
 
 def test_classify_knows_a_run(finished, tmp_path):
