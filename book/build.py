@@ -18,7 +18,7 @@ import textwrap
 from pathlib import Path
 
 import nbformat
-from fastcore.docments import DocmentTbl
+from fastcore.docments import DocmentTbl, docments
 from nbdev.process import extract_directives
 from nbformat.v4 import new_markdown_cell
 from sphinx.cmd.build import build_main
@@ -113,10 +113,10 @@ class Parameters(DocmentTbl):
     "nbdev's table of parameters: code as code, and a configuration with its bases' fields."
     def __init__(self, f):
         super().__init__(f)
+        self.dm |= docments(f, full=True, args_kwargs=True)  # what **kwargs are, too
         for base in getattr(f, "__mro__", ()):
             if not dataclasses.is_dataclass(base): continue
-            for name, own in DocmentTbl(base).dm.items():
-                if isinstance(own["docment"], str): self.dm[name] = own
+            self.dm |= {k: v for k, v in docments(base, full=True).items() if v["docment"]}
 
     def _row(self, name, props):
         cells = {k: props[k] for k in self._columns}

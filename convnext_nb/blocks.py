@@ -43,7 +43,9 @@ class PointwiseLinear(nn.Linear):
 
 # %% ../nbs/00_blocks.ipynb #8aa558d9
 class DropPath(nn.Module):
-    "Zero whole samples with probability `drop_prob` in training, scale up the others."
+    """Zero whole samples with probability `drop_prob` in training, scale up the others.
+
+    ValueError where that is no probability below 1."""
     def __init__(self,
         drop_prob: float = 0.,  # probability in [0, 1) that a sample is zeroed
     ):
@@ -103,9 +105,9 @@ class ConvNeXtBlock(nn.Module):
     "A ConvNeXt block (paper, figure 4); V2's with `use_grn=True, ls_init_value=None`."
     def __init__(self,
         dim: int,                     # channels C, in and out
-        kernel_size: int = 7,         # side of the depthwise kernel, odd
-        mlp_ratio: float = 4,         # hidden channels of the MLP for each channel
-        drop_path: float = 0.,        # probability of dropping the branch in training
+        kernel_size: int = 7,         # side of the depthwise kernel; even: ValueError
+        mlp_ratio: float = 4,         # hidden channels of the MLP per channel
+        drop_path: float = 0.,        # probability that a sample skips the branch
         ls_init_value: float = 1e-6,  # first value of gamma; None: no LayerScale
         use_grn: bool = False,        # GRN after the GELU (V2)
         norm_eps: float = 1e-6,       # LayerNorm's eps

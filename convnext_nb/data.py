@@ -38,8 +38,7 @@ class DatasetInfo:
     std: tuple            # likewise
     hflip: bool           # is a mirrored image still an image of its class?
     classes: tuple = ()   # names, in the order of the labels
-    # side, in pixels, of patches that suit the images; None: the network decides
-    patch_size: int = None
+    patch_size: int = None  # side in pixels of patches that suit; None: by image size
 
 # %% ../nbs/02_data.ipynb #376b86da
 DATASETS = {
@@ -80,8 +79,10 @@ class DataConfig:
     device: str | None = None   # cpu or cuda; None: cuda where there is one
 
 # %% ../nbs/02_data.ipynb #74c1528a
-def pick_device(name: str | None = None) -> torch.device:
-    "The device `name`; None: cuda where there is one. A ValueError if it isn't there."
+def pick_device(
+    name: str | None = None,    # cpu, cuda or cuda:N; None: cuda where there is one
+) -> torch.device:
+    "The device of this name; a ValueError if torch does not have it."
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     if name.partition(":")[0] not in ("cpu", "cuda"):
         raise ValueError(f"unknown device {name!r}; use cpu or cuda")
@@ -93,13 +94,16 @@ def pick_device(name: str | None = None) -> torch.device:
         raise ValueError(f"unknown device {name!r}; use cpu, cuda, or cuda:N") from None
 
 # %% ../nbs/02_data.ipynb #5b45c08c
-def mix_seed(*parts: int) -> int:
-    "One seed of 32 bits from integers >= 0, such as (seed, epoch, sample)."
+def mix_seed(
+    *parts: int,    # >= 0, such as seed, epoch and sample; their order matters
+) -> int:           # in [0, 2**32)
+    "One seed from several integers."
     return int(np.random.SeedSequence(parts).generate_state(1)[0])
 
 # %% ../nbs/02_data.ipynb #82de1a97
 def epoch_generator(
-    seed: int, epoch: int,
+    seed: int,      # of the run
+    epoch: int,     # from 0
     use: int = 0,   # 0: order and crops; 1: random erasing; 2: cutout
 ) -> torch.Generator:
     "Random numbers for one use in one epoch."
@@ -110,7 +114,7 @@ def epoch_generator(
 def stratified_split(
     labels: np.ndarray,  # (N,) integers
     fraction: float,     # share held out, in [0, 1)
-    seed: int,
+    seed: int,           # another seed holds out other images
 ) -> tuple:              # two sorted arrays of indices: kept, held out
     "Hold out the same share of every class; a ValueError where that is impossible."
     from sklearn.model_selection import train_test_split
@@ -134,8 +138,8 @@ def rank_and_world_size() -> tuple:
 
 # %% ../nbs/02_data.ipynb #2170f00c
 @contextmanager
-def process_group(device: str | None):
-    "The device of this process, inside torchrun's process group if there is one."
+def process_group(device: str | None):  # as for `pick_device`
+    "This process's device, in torchrun's group if any; a ValueError if it has none."
     device, env = pick_device(device), os.environ
     if "RANK" not in env or "WORLD_SIZE" not in env or dist.is_initialized():
         yield device
@@ -152,7 +156,10 @@ def process_group(device: str | None):
     dist.destroy_process_group()
 
 # %% ../nbs/02_data.ipynb #ef8f1dbb
-def from_rank0(f, *args):
+def from_rank0(
+    f,      # its value must be picklable, to reach the other processes
+    *args,  # of `f`
+):
     "`f(*args)`, called in the first process alone; its value, or its error, in all."
     rank, world = rank_and_world_size()
     if world == 1: return f(*args)
@@ -166,7 +173,10 @@ def from_rank0(f, *args):
     return value
 
 # %% ../nbs/02_data.ipynb #34e4a9e1
-def all_reduce_any(flag: bool, device: torch.device) -> bool:
+def all_reduce_any(
+    flag: bool,             # this process's own
+    device: torch.device,   # the group's: a GPU for nccl, the CPU for gloo
+) -> bool:                  # the same in all processes
     "Is `flag` true in any process?"
     if rank_and_world_size()[1] == 1: return flag
     flag = torch.tensor(float(flag), device=device)
@@ -174,15 +184,21 @@ def all_reduce_any(flag: bool, device: torch.device) -> bool:
     return bool(flag)
 
 # %% ../nbs/02_data.ipynb #6e61275b
-def epoch_order(n: int, seed: int, epoch: int, shuffle: bool) -> torch.Tensor:
-    "The order, (n,), in which an epoch goes through n samples; unshuffled 0 to n - 1."
+def epoch_order(
+    n: int,             # samples in the data set
+    seed: int,          # of the run
+    epoch: int,         # from 0
+    shuffle: bool,      # if not: 0 to n - 1
+) -> torch.Tensor:      # (n,) samples
+    "The order in which an epoch goes through the samples."
     if not shuffle: return torch.arange(n)
     return torch.randperm(n, generator=epoch_generator(seed, epoch))
 
 # %% ../nbs/02_data.ipynb #e7858331
 def shard_batch(
     batch: torch.Tensor,            # (B,) samples of all processes
-    rank: int, world: int,          # of this process, and how many there are
+    rank: int,                      # of this process, from 0
+    world: int,                     # number of processes
     with_previous: bool = False,    # put the sample before the share at its head
 ) -> torch.Tensor:
     "This process's share of a batch; it may be empty."
@@ -195,7 +211,7 @@ class EpochBatches:
     "Which samples each batch of an epoch holds, in this process."
     def __init__(self,
         num_samples: int,       # N
-        cfg: DataConfig,
+        cfg: DataConfig,        # its batch size, seed and mixing count here
         train: bool = False,    # shuffle, and drop the last, smaller batch
         shard: tuple = None,    # rank, number of processes; None: torch.distributed's
     ):
@@ -204,7 +220,10 @@ class EpochBatches:
         self.mixing = train and cfg.mixup + cfg.cutmix > 0
         self.set_epoch(0)
 
-    def set_epoch(self, epoch: int, start: int = 0):
+    def set_epoch(self,
+        epoch: int,         # from 0
+        start: int = 0,     # batches of it that are done
+    ):
         "Choose the epoch, and the batch to begin with."
         self.epoch, self.start = epoch, start
 
@@ -212,7 +231,7 @@ class EpochBatches:
         batches, rest = divmod(self.num_samples, self.cfg.batch_size)
         return batches + (rest > 0 and not self.train)
 
-    def batches(self, device="cpu"):
+    def batches(self, device="cpu"):  # where the samples' numbers shall be
         "For each batch its number, and this process's samples, (B,) or mixed (B + 1,)."
         order = epoch_order(self.num_samples, self.cfg.seed, self.epoch, self.train)
         batches = order.to(device).split(self.cfg.batch_size)
@@ -222,9 +241,10 @@ class EpochBatches:
 
 # %% ../nbs/02_data.ipynb #76ccf034
 def erasing_boxes(
-    n: int, side: int,  # images, and their side in pixels
+    n: int,             # images
+    side: int,          # of an image, in pixels
     share: float,       # of the images that lose a rectangle, 0 to 1
-    generator: torch.Generator,
+    generator: torch.Generator,  # on the CPU
 ) -> torch.Tensor:      # (4, n): top, bottom, left, right
     "Random erasing's rectangles; those of the images that keep everything are empty."
     u = torch.rand(5, n, generator=generator)
@@ -236,9 +256,10 @@ def erasing_boxes(
 
 # %% ../nbs/02_data.ipynb #b45443c5
 def cutout_boxes(
-    n: int, side: int,  # images, and their side in pixels
+    n: int,             # images
+    side: int,          # of an image, in pixels
     length: int,        # side of the square, in pixels
-    generator: torch.Generator,
+    generator: torch.Generator,  # on the CPU
 ) -> torch.Tensor:      # (4, n): top, bottom, left, right
     "Squares around random pixels; what lies beyond the border is not cut."
     top, left = torch.randint(side, (2, n), generator=generator) - length // 2
@@ -257,40 +278,43 @@ def erase_boxes(
 
 # %% ../nbs/02_data.ipynb #bb952654
 def epoch_boxes(
-    n: int, side: int,  # images, and their side in pixels
-    cfg: DataConfig, epoch: int,
+    n: int,             # samples in the data set
+    side: int,          # of an image, in pixels
+    cfg: DataConfig,    # `random_erasing` and `cutout` say what to draw
+    epoch: int,         # from 0
     device="cpu",       # of the boxes
 ) -> list:              # of tensors (4, n): top, bottom, left, right
     "What random erasing and cutout take out of each sample in an epoch."
-    boxes = []
+    boxes, draws = [], [epoch_generator(cfg.seed, epoch, use) for use in (1, 2)]
     if cfg.random_erasing:
-        g = epoch_generator(cfg.seed, epoch, use=1)
-        boxes.append(erasing_boxes(n, side, cfg.random_erasing, g))
-    if cfg.cutout:
-        g = epoch_generator(cfg.seed, epoch, use=2)
-        boxes.append(cutout_boxes(n, side, cfg.cutout, g))
+        boxes.append(erasing_boxes(n, side, cfg.random_erasing, draws[0]))
+    if cfg.cutout: boxes.append(cutout_boxes(n, side, cfg.cutout, draws[1]))
     return [box.to(device) for box in boxes]
 
 # %% ../nbs/02_data.ipynb #2527cda5
 def mixup_or_cutmix(
     x: torch.Tensor,    # (B + 1, C, H, W); the first is only mixed into the second
     y: torch.Tensor,    # (B + 1,) integers
-    info: DatasetInfo, cfg: DataConfig,
+    info: DatasetInfo,  # its classes are counted
+    cfg: DataConfig,    # `mixup` and `cutmix`, the alphas
     seed: int,          # of this batch
 ) -> tuple:             # (B, C, H, W), and (B, classes): the share of each class
     "torchvision's mixup or cutmix; where `cfg` has both, one of them by chance."
     from torchvision.transforms import v2
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        both = cfg.mixup > 0 and cfg.cutmix > 0
-        cut = cfg.mixup <= 0 or (both and bool(torch.rand(()) < .5))
+        cut = cfg.mixup <= 0 or (cfg.cutmix > 0 and bool(torch.rand(()) < .5))
         kind, alpha = (v2.CutMix, cfg.cutmix) if cut else (v2.MixUp, cfg.mixup)
         x, y = kind(alpha=alpha, num_classes=len(info.classes))(x, y)
     return x[1:], y[1:]
 
 # %% ../nbs/02_data.ipynb #b90e4753
-def lower_resolution(x: torch.Tensor, cfg: DataConfig, epoch: int) -> torch.Tensor:
-    "Training images (B, C, H, W), shrunk to `low_res` in the first `low_res_epochs`."
+def lower_resolution(
+    x: torch.Tensor,    # (B, C, H, W)
+    cfg: DataConfig,    # `low_res` and `low_res_epochs`
+    epoch: int,         # from 0
+) -> torch.Tensor:      # (B, C, low_res, low_res) in the first epochs, then x
+    "Training images, smaller in the first epochs."
     if not cfg.low_res or epoch >= cfg.low_res_epochs: return x
     return interpolate(x, size=cfg.low_res, mode="bilinear", antialias=True)
 
@@ -299,11 +323,12 @@ class Loader(EpochBatches):
     "What the loaders of arrays and of files share: device, labels, batch transform."
     def __init__(self,
         labels,                 # N integers
-        info: DatasetInfo,
-        cfg: DataConfig,
-        **kw,                   # train, shard: as for `EpochBatches`
+        info: DatasetInfo,      # image size, mean, std and classes
+        cfg: DataConfig,        # batch size, seed, augmentation and device
+        train: bool = False,    # shuffle, augment, and drop the last, smaller batch
+        shard: tuple = None,    # rank, number of processes; None: torch.distributed's
     ):
-        super().__init__(len(labels), cfg, **kw)
+        super().__init__(len(labels), cfg, train, shard)
         self.device, self.info = pick_device(cfg.device), info
         self.labels = torch.as_tensor(labels, dtype=torch.int64).to(self.device)
         stats = 255 * torch.tensor([info.mean, info.std], device=self.device)
@@ -346,15 +371,18 @@ def crop_indices(
     if cfg.alternate_flip:
         always = torch.Generator().manual_seed(mix_seed(cfg.seed))  # of no epoch
         flip = (torch.rand(n, 1, generator=always) < .5) ^ bool(loader.epoch % 2)
-    flip = flip.to(loader.device)
     rows, cols = (reflect_index(s, side) for s in shift)
-    if augment and loader.info.hflip: cols = torch.where(flip, cols.flip(1), cols)
+    if augment and loader.info.hflip:
+        cols = torch.where(flip.to(loader.device), cols.flip(1), cols)
     return rows, cols
 
 # %% ../nbs/02_data.ipynb #f93e1ac8
 class RandAugment:
-    "Two random operations of color or geometry; `magnitude`: mean strength, 0 to 10."
-    def __init__(self, magnitude: float, info: DatasetInfo):
+    "Two random operations of color or geometry."
+    def __init__(self,
+        magnitude: float,   # mean strength, 0 to 10
+        info: DatasetInfo,  # what lies outside the image gets its mean color
+    ):
         self.magnitude, self.fill = magnitude, [round(255 * m) for m in info.mean]
 
     def __call__(self, image):  # (C, H, W) uint8, in and out
@@ -364,8 +392,12 @@ class RandAugment:
         return v2.RandAugment(2, round(3 * strength), **kw)(image)
 
 # %% ../nbs/02_data.ipynb #0b33036c
-def apply_with_seed(transform, image, *seed: int):
-    "`transform(image)`, with random numbers of its own, seeded by `mix_seed(*seed)`."
+def apply_with_seed(
+    transform,      # draws from torch's global random numbers, on the CPU
+    image,          # what it takes
+    *seed: int,     # parts for `mix_seed`
+):
+    "`transform(image)`, with random numbers of its own."
     with torch.random.fork_rng(devices=[]):  # the GPU's numbers are not ours to touch
         torch.default_generator.manual_seed(mix_seed(*seed))
         return transform(image)
@@ -376,30 +408,31 @@ class MemoryLoader(Loader):
     def __init__(self,
         images: torch.Tensor,   # (N, H, W, C) uint8
         labels: torch.Tensor,   # (N,) integers
-        info: DatasetInfo,
-        cfg: DataConfig,
+        info: DatasetInfo,      # its image size must be the images' own
+        cfg: DataConfig,        # as for `Loader`
         train: bool = False,    # shuffle, augment, and drop the last, smaller batch
         shard: tuple = None,    # rank, number of processes; None: torch.distributed's
     ):
-        super().__init__(labels, info, cfg, train=train, shard=shard)
+        super().__init__(labels, info, cfg, train, shard)
         self.images = images.to(self.device)
 
     def __iter__(self):
         (rows, cols), transform = crop_indices(self), self.batch_transform()
-        cfg, epoch, recolor = self.cfg, self.epoch, None
-        if self.train and cfg.rand_augment:
-            recolor = RandAugment(cfg.rand_augment, self.info)
+        cfg, epoch = self.cfg, self.epoch
+        recolor = RandAugment(cfg.rand_augment, self.info)
         for b, i in self.batches(self.device):
             h, w = rows[i][:, :, None], cols[i][:, None, :]
             x = self.images[i[:, None, None], h, w].permute(0, 3, 1, 2)  # (B, C, H, W)
-            if recolor:
+            if self.train and cfg.rand_augment:
                 x = torch.stack([apply_with_seed(recolor, image, cfg.seed, epoch, k)
                                  for image, k in zip(x, i.tolist())])
             yield transform(b, x, i)
 
 # %% ../nbs/02_data.ipynb #bb039cba
-def to_rgb(image: Image.Image) -> Image.Image:
-    "An image of any mode in RGB with 8 bits, the right way up, without transparency."
+def to_rgb(
+    image: Image.Image,     # of any mode, with EXIF or without
+) -> Image.Image:
+    "The image in RGB with 8 bits, the right way up, without transparency."
     try: image = ImageOps.exif_transpose(image)
     # EXIF that nobody can read turns nothing
     except (ValueError, TypeError, KeyError, SyntaxError, IndexError): pass
@@ -408,13 +441,14 @@ def to_rgb(image: Image.Image) -> Image.Image:
         pixels = np.asarray(image).astype(np.int64)
         pixels = (pixels >> 8 * (pixels.max() > 255)).clip(0, 255)
         image = Image.fromarray(pixels.astype(np.uint8))
-    # a palette may have transparent colors
-    if image.mode in ("P", "PA"): image = image.convert("RGBA")
+    if image.mode in ("P", "PA"): image = image.convert("RGBA")  # transparent colors
     return image.convert("RGB")
 
 # %% ../nbs/02_data.ipynb #fd41442d
-def read_image(path) -> Image.Image:
-    "The image at `path`, in RGB; an OSError that names the path if it can't be read."
+def read_image(
+    path,           # a `Path` or a string, numpy's too
+) -> Image.Image:   # in RGB
+    "An image file; an OSError, FileNotFoundError if it is missing, names its path."
     path = str(path)  # numpy's strings call themselves np.str_('...') in messages
     try:
         with Image.open(path) as image: return to_rgb(image)
@@ -425,7 +459,11 @@ def read_image(path) -> Image.Image:
                       "repair it or take it out of the folder") from None
 
 # %% ../nbs/02_data.ipynb #e78cb9c3
-def make_transform(info: DatasetInfo, cfg: DataConfig, train: bool):
+def make_transform(
+    info: DatasetInfo,  # image size, and whether a mirrored image keeps its class
+    cfg: DataConfig,    # `augment`, `rand_augment` and `crop_pct`
+    train: bool,        # random crop and colors; if not: the central crop
+):
     "PIL image -> uint8 tensor (C, size, size): torchvision's transforms, bicubic."
     from torchvision.transforms import v2
     size = info.image_size
@@ -443,8 +481,8 @@ class ImageFiles(Dataset):
     "Image files; the item `epoch * N + i` is sample i as that epoch sees it."
     def __init__(self,
         paths: list,        # N image files
-        transform,          # of a PIL image
-        seed: int = 0,
+        transform,          # of a PIL image, such as `make_transform`'s
+        seed: int = 0,      # of the run
     ):
         self.paths, self.transform, self.seed = paths, transform, seed
 
@@ -465,8 +503,8 @@ class EpochBatchSampler:
         for _, i in self.loader.batches(): yield (first + i).tolist()
 
 # %% ../nbs/02_data.ipynb #5d3eb8c0
-def ignore_sigint(worker: int):
-    "Ignore Ctrl-C, in the worker process of this number."
+def ignore_sigint(worker: int):  # its number, which DataLoader passes; not used
+    "Ignore Ctrl-C, in a worker process."
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 # %% ../nbs/02_data.ipynb #bba39962
@@ -475,12 +513,12 @@ class FileLoader(Loader):
     def __init__(self,
         paths: list,            # N image files
         labels: list,           # N integers
-        info: DatasetInfo,
-        cfg: DataConfig,
+        info: DatasetInfo,      # its image size is that of the crops
+        cfg: DataConfig,        # as for `Loader`, and the number of workers
         train: bool = False,    # shuffle, augment, and drop the last, smaller batch
         shard: tuple = None,    # rank, number of processes; None: torch.distributed's
     ):
-        super().__init__(labels, info, cfg, train=train, shard=shard)
+        super().__init__(labels, info, cfg, train, shard)
         cores, workers = os.cpu_count() or 1, cfg.num_workers
         if workers is None: workers = min(8, max(1, cores // self.world))
         files = ImageFiles(paths, make_transform(info, cfg, train), cfg.seed)
@@ -525,7 +563,7 @@ def scan_folder(
     root,                           # folder of class folders
     classes: tuple | None = None,   # the classes that it must have; None: any
 ) -> tuple:                         # (N,) paths, (N,) labels, class names
-    "Images in class folders; an OSError or ValueError if the folders are not right."
+    "Images in class folders; FileNotFoundError or ValueError if they are not right."
     from torchvision.datasets import ImageFolder
     if not Path(root).is_dir():
         raise FileNotFoundError(
@@ -540,8 +578,11 @@ def scan_folder(
     return np.array(paths), np.array(labels), tuple(found.classes)
 
 # %% ../nbs/02_data.ipynb #7cec7aae
-def resize_images(images: np.ndarray, size: int) -> np.ndarray:
-    "(N, H, W, C) uint8 -> (N, size, size, C), bicubic; the same array if it fits."
+def resize_images(
+    images: np.ndarray,     # (N, H, W, C) uint8
+    size: int,              # side, in pixels
+) -> np.ndarray:            # (N, size, size, C) uint8
+    "Images of another size, bicubic; the same array if they have it."
     from torchvision.transforms.v2 import InterpolationMode, functional
     if images.shape[1:3] == (size, size): return images
     x = torch.from_numpy(images).permute(0, 3, 1, 2)
@@ -551,7 +592,10 @@ def resize_images(images: np.ndarray, size: int) -> np.ndarray:
 # %% ../nbs/02_data.ipynb #b38ecdfa
 SMALL_IMAGE_SIZE = 64  # images of at most this side, in pixels, are kept in memory
 
-def infer_image_size(paths, labels) -> int:
+def infer_image_size(
+    paths,      # N image files
+    labels,     # N integers
+) -> int:       # in pixels
     "Side of the images if the first of each class agree on a small square, else 224."
     first = np.unique(labels, return_index=True)[1]
     sizes = {read_image(paths[i]).size for i in first}
@@ -560,8 +604,11 @@ def infer_image_size(paths, labels) -> int:
     return DATASETS["imagefolder"].image_size
 
 # %% ../nbs/02_data.ipynb #d9417582
-def decode_images(paths, size: int) -> np.ndarray:
-    "N files -> (N, size, size, 3) uint8, cropped and resized where the size differs."
+def decode_images(
+    paths,          # N image files
+    size: int,      # side, in pixels
+) -> np.ndarray:    # (N, size, size, 3) uint8
+    "Images of files, cropped and resized where the size differs."
     images = np.empty((len(paths), size, size, 3), np.uint8)
     def put(i):
         image = read_image(paths[i])
@@ -588,7 +635,7 @@ def _load_folder(cfg):
 
 # %% ../nbs/02_data.ipynb #90992384
 def load_splits(
-    cfg: DataConfig,
+    cfg: DataConfig,    # which data set, from where, of which size
 ) -> tuple:  # {"train": (images or paths, labels), maybe "val", "test"}, `DatasetInfo`
     "The data set as it is stored, and the facts about it."
     info = DATASETS[cfg.dataset]
@@ -603,8 +650,11 @@ def load_splits(
     return splits, replace(info, image_size=size, classes=stored["train"][2])
 
 # %% ../nbs/02_data.ipynb #30bca9a1
-def hold_out(splits: dict, cfg: DataConfig) -> dict:
-    "Give `load_splits`' splits a test set and, if `val_fraction` is not 0, a val set."
+def hold_out(
+    splits: dict,       # of `load_splits`
+    cfg: DataConfig,    # `val_fraction` and `seed`
+) -> dict:              # train, test and, if `val_fraction` is not 0, val
+    "The splits with a test set and a validation set of their own."
     splits = dict(splits)
     def take(name, fraction, seed):
         x, y = splits["train"]
@@ -630,7 +680,7 @@ def _check_config(cfg, processes):
 
 # %% ../nbs/02_data.ipynb #5bb3e8d0
 def create_loaders(
-    cfg: DataConfig,
+    cfg: DataConfig,        # what to load, and how to augment and batch it
     shard: tuple = None,    # rank, number of processes; None: torch.distributed's
 ) -> tuple:  # val is None if `val_fraction` is 0 and there are not both val/ and test/
     "Loaders of train, val and test; a ValueError or OSError says what is wrong."

@@ -175,8 +175,10 @@ def _tile_grid(P, D, splits=None):
     "A program per tile of a (P, D) map, or `splits` of them per column of tiles."
     return lambda m: (_cdiv(D, m["CHANNELS"]) * (splits or _cdiv(P, m["PIXELS"])),)
 
-def _partial_sums(x, P, *shape):  # of a gradient to a bias or a weight: 512 at most
-    return x.new_empty((min(512, P), *shape), dtype=sum_dtype(x))
+def _partial_sums(x, P, *shape):
+    "Room for the sums of a gradient to a bias or a weight: a row for each part."
+    parts = min(2 if INTERPRETED else 512, P)  # interpreted programs run in turn
+    return x.new_empty((parts, *shape), dtype=sum_dtype(x))
 
 Grads = tuple[Tensor, Tensor, Tensor]
 def _per_sample(drop_mask, x): return drop_mask.view(-1, *[1] * (x.ndim - 1))
@@ -503,6 +505,11 @@ def _conv_weight_grad_cpu(x, weight, g):
     return dw, g.view(N, C, -1).sum((0, 2), dtype=weight.dtype)
 
 # %% ../nbs/06_kernels.ipynb #f760afb2
+def _strip_rows(N, H, W, C, K):
+    "How many rows long a strip is: all H of them if there are strips enough."
+    columns = N * _cdiv(W, 7) * _cdiv(C, 32)
+    return min(H, max(K, _cdiv(H * columns, 2048)))
+
 @custom_op("convnext_nb::depthwise_conv", mutates_args=())
 def depthwise_conv(
     x: Tensor,       # (N, H, W, C)
@@ -515,8 +522,7 @@ def depthwise_conv(
         found = f"a weight of shape {tuple(weight.shape)}"
         raise ValueError(f"{found}; give ({C}, 1, K, K), K odd")
     if not use_triton(x): return _conv_cpu(x, weight, bias)
-    y, columns = torch.empty_like(x), N * _cdiv(W, 7) * _cdiv(C, 32)
-    rows = min(H, max(K, _cdiv(H * columns, 2048)))
+    y, rows = torch.empty_like(x), _strip_rows(N, H, W, C, K)
     def grid(m):
         strips = _cdiv(W, m["COLS"]) * _cdiv(H, rows) * N
         return (_cdiv(C, m["CHANNELS"]) * strips,)

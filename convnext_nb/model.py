@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['VARIANTS', 'Stage', 'ConvNeXt', 'list_models', 'create_model', 'convnext_tiny', 'convnext_small', 'convnext_base',
-           'convnext_large', 'convnext_xlarge', 'count_params', 'count_macs', 'Summary', 'summary']
+           'convnext_large', 'convnext_xlarge', 'count_params', 'count_macs', 'Summary', 'summary',
+           'class_activation_map']
 
 # %% ../nbs/01_model.ipynb #58176885
 from collections import OrderedDict
@@ -143,16 +144,18 @@ class _Classifier(_Backbone):
 
 # %% ../nbs/01_model.ipynb #8b1e3e7e
 class ConvNeXt(_Classifier):
-    "ConvNeXt (Liu et al. 2022): (N, in_chans, H, W) -> logits (N, num_classes)."
+    """ConvNeXt (Liu et al. 2022): (N, in_chans, H, W) -> logits (N, num_classes).
+
+    ValueError for depths and dims of different number, or images that do not fit."""
     def __init__(self,
         in_chans: int = 3,                  # channels of the image
         num_classes: int = 1000,            # logits; 0: no classifier, pooled features
         depths: tuple = (3, 3, 9, 3),       # blocks in each stage
         dims: tuple = (96, 192, 384, 768),  # channels in each stage
         patch_size: int = 4,                # stem's kernel and stride; 2 or 1 for 32x32
-        kernel_size: int = 7,               # side of the depthwise kernels
+        kernel_size: int = 7,               # side of the depthwise kernels, odd
         mlp_ratio: float = 4,               # hidden channels of an MLP per channel
-        drop_path_rate: float = 0.,         # of the last block; grows linearly from 0
+        drop_path_rate: float = 0.,         # in [0, 1), the last block's; linear from 0
         ls_init_value: float = 1e-6,        # first value of gamma; None: no LayerScale
         head_init_scale: float = 1.,        # factor on the classifier's first weights
         use_grn: bool = False,              # GRN in every block (V2)
@@ -162,8 +165,7 @@ class ConvNeXt(_Classifier):
                      ls_init_value=ls_init_value, use_grn=use_grn)
         stages = in_chans, depths, dims, patch_size, drop_path_rate, norm_eps
         super().__init__(*stages, **block)
-        head = OrderedDict(norm=nn.LayerNorm(dims[-1], eps=norm_eps), fc=nn.Identity())
-        self.head = nn.Sequential(head)
+        self.head = nn.Sequential(OrderedDict(norm=nn.LayerNorm(dims[-1], norm_eps)))
         self.reset_classifier(num_classes)
         self.apply(_init_weights)
         if num_classes: self.head.fc.weight.data.mul_(head_init_scale)
@@ -195,35 +197,39 @@ def create_model(
     name: str,    # one of `list_models()`
     **overrides,  # any argument of `ConvNeXt`, in place of the variant's
 ) -> ConvNeXt:    # with fresh weights
-    "The variant `name`; weights come from `convnext_nb.pretrained.load_weights`."
+    """The variant `name`; weights come from `convnext_nb.pretrained.load_weights`.
+
+    ValueError for a name that is not in the list, with those that are near."""
     if name not in VARIANTS:
         near = get_close_matches(name, VARIANTS, n=3, cutoff=.5) or list(VARIANTS)
         raise ValueError(f"unknown model {name!r}; did you mean {' or '.join(near)}?")
     return ConvNeXt(**VARIANTS[name] | overrides)
 
 # %% ../nbs/01_model.ipynb #3b18f1bd
-def convnext_tiny(**overrides):
-    "ConvNeXt-T; `overrides` are arguments of `ConvNeXt`."
+def convnext_tiny(**overrides):  # any argument of `ConvNeXt`
+    "ConvNeXt-T with fresh weights."
     return create_model("convnext_tiny", **overrides)
 
-def convnext_small(**overrides):
-    "ConvNeXt-S; `overrides` are arguments of `ConvNeXt`."
+def convnext_small(**overrides):  # any argument of `ConvNeXt`
+    "ConvNeXt-S with fresh weights."
     return create_model("convnext_small", **overrides)
 
-def convnext_base(**overrides):
-    "ConvNeXt-B; `overrides` are arguments of `ConvNeXt`."
+def convnext_base(**overrides):  # any argument of `ConvNeXt`
+    "ConvNeXt-B with fresh weights."
     return create_model("convnext_base", **overrides)
 
-def convnext_large(**overrides):
-    "ConvNeXt-L; `overrides` are arguments of `ConvNeXt`."
+def convnext_large(**overrides):  # any argument of `ConvNeXt`
+    "ConvNeXt-L with fresh weights."
     return create_model("convnext_large", **overrides)
 
-def convnext_xlarge(**overrides):
-    "ConvNeXt-XL; `overrides` are arguments of `ConvNeXt`."
+def convnext_xlarge(**overrides):  # any argument of `ConvNeXt`
+    "ConvNeXt-XL with fresh weights."
     return create_model("convnext_xlarge", **overrides)
 
 # %% ../nbs/01_model.ipynb #b4ab5d42
-def count_params(model: nn.Module) -> int:
+def count_params(
+    model: nn.Module,  # any network
+) -> int:              # values in all of them
     "Number of trainable parameters."
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
@@ -254,11 +260,13 @@ def _meta_image(model, input_size):
 
 # %% ../nbs/01_model.ipynb #764279e5
 def count_macs(
-    model: nn.Module,
+    model: nn.Module,  # any network; one without `in_chans` needs (C, H, W)
     # (C, H, W) of one image, or the side of a square one with `model.in_chans` channels
     input_size: tuple | int = (3, 224, 224),
 ) -> int:  # multiply-accumulates of convolutions and linears
-    "Cost of one image, in MACs; the model is neither run nor changed."
+    """Cost of one image, in MACs; the model is neither run nor changed.
+
+    ValueError for an `input_size` that is no size."""
     image, net = _meta_image(model, input_size), _meta_copy(model).eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad(): net(image)
     return counter.get_total_flops() // 2
@@ -293,11 +301,13 @@ def _measure(f, x, seen):
 
 # %% ../nbs/01_model.ipynb #8527e9a0
 def summary(
-    model: ConvNeXt,
+    model: ConvNeXt,  # on any device; frozen parameters count as trained
     # (C, H, W) of one image, or the side of a square one with `model.in_chans` channels
     input_size: tuple | int = (3, 224, 224),
 ) -> Summary:  # output: (C, H, W); activation bytes: kept for the backward pass
-    "What each part puts out and costs for one image; the model is not changed."
+    """What each part puts out and costs for one image; the model is not changed.
+
+    ValueError for an `input_size` that is no size."""
     x, net = _meta_image(model, input_size), _meta_copy(model).train()
     net.set_grad_checkpointing(False)
     stages = [(f"stages.{i}", stage, stage) for i, stage in enumerate(net.stages)]
@@ -311,3 +321,30 @@ def summary(
     total = {k: sum(row[k] for row in rows) for k in counts}
     rows.append({"stage": "total", "output": ""} | total)
     return rows
+
+# %% ../nbs/01_model.ipynb #25d79cd6
+@torch.no_grad()
+def class_activation_map(
+    model: ConvNeXt,       # with a classifier; `eval()` it, or drop path is at work
+    images: torch.Tensor,  # (N, in_chans, H, W), normalized as for the logits
+    # (N,), int64: a class for each image; None: the one with the largest logit
+    classes: torch.Tensor | None = None,
+) -> torch.Tensor:         # (N, H / stride, W / stride), in units of the logit
+    """What each position of the last map adds to a class's logit (Zhou et al. 2016).
+
+    The sum is the logit less a constant, `(fc.weight @ norm.bias + fc.bias)[class]`.
+    Exact up to the norm, whose mean and variance are those of the pooled vector.
+    ValueError without a classifier, or for classes that do not fit."""
+    norm, fc = model.head.norm, model.get_classifier()
+    if not isinstance(fc, nn.Linear):
+        raise ValueError("the model has no classifier; reset_classifier makes one")
+    maps = model.forward_features(images)                    # (N, C, h, w)
+    if classes is None: classes = model.forward_head(maps).argmax(-1)
+    n, k = len(images), fc.out_features
+    if classes.shape != (n,) or not all(0 <= c < k for c in classes.tolist()):
+        raise ValueError(f"classes is {classes}; give {n} numbers from 0 to {k - 1}")
+    var, mean = torch.var_mean(  # of the pooled vector
+        maps.mean((-2, -1), keepdim=True), 1, correction=0, keepdim=True)
+    maps = (maps - mean) / (var + norm.eps).sqrt()
+    rows = fc.weight[classes] * norm.weight                  # (N, C)
+    return torch.einsum("nc,nchw->nhw", rows, maps) / maps[0, 0].numel()

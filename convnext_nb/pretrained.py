@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['FORMATS', 'VOCABULARY', 'IMAGE_SUFFIXES', 'atomic_write', 'read_file', 'rename_key', 'unwrap_state_dict',
            'detect_format', 'convert_state_dict', 'infer_config', 'check_state_dict', 'resample_stem', 'load_weights',
-           'save_weights', 'load_model', 'preprocessing', 'find_images', 'classify', 'one_line_errors', 'main']
+           'save_weights', 'load_model', 'preprocessing', 'find_images', 'classify', 'draw_activation_map',
+           'one_line_errors', 'main']
 
 # %% ../nbs/04_pretrained.ipynb #723b820c
 import errno
@@ -17,6 +18,7 @@ import os
 import pickle
 import re
 import sys
+import textwrap
 import warnings
 import zipfile
 from argparse import ArgumentParser, Namespace
@@ -33,16 +35,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .data import pick_device, read_image, to_rgb
-from .model import VARIANTS, ConvNeXt
+from .model import VARIANTS, ConvNeXt, class_activation_map
 
 # %% ../nbs/04_pretrained.ipynb #93c0c8ea
 def _first_line(e): return (str(e).strip() or repr(e)).splitlines()[0]
-
 def atomic_write(
     path,   # the file to be
     write,  # called with a temporary path in the same folder; writes the file there
 ):
-    "Make `path` a new file, wholly or not at all; an OSError says why not."
+    "A new file, wholly or not at all; FileNotFoundError or another OSError if not."
     path = Path(path).resolve()  # a link stays one
     if not (parent := path.parent).is_dir():
         raise FileNotFoundError(f"cannot write {path}: there is no folder {parent}")
@@ -65,10 +66,8 @@ def _check_is_file(path):
     if path.is_dir(): raise ValueError(
         f"{path} is a folder; pass the file in it, such as model.safetensors")
     if not path.is_file(): raise FileNotFoundError(
-        f"there is no file {path}; "
-        "pass a file, or a timm tag such as convnext_tiny.fb_in1k")
+        f"there is no file {path}; pass a file, or a timm tag: convnext_tiny.fb_in1k")
 
-# %% ../nbs/04_pretrained.ipynb #15975b04
 def _is_safetensors(path):
     with open(path, "rb") as f: start = f.read(64)
     if start.startswith(b"version https://git-lfs"): raise ValueError(
@@ -91,8 +90,7 @@ def _torch_load(path):
 def read_file(path,  # written by safetensors or torch.save, whatever its suffix
 ) -> dict:  # on the CPU
     "What a file of tensors holds, code never run; a ValueError for a bad file."
-    path = Path(path)
-    _check_is_file(path)
+    _check_is_file(path := Path(path))
     load = load_file if _is_safetensors(path) else _torch_load
     try: found = load(path)
     except pickle.UnpicklingError as e:
@@ -104,8 +102,7 @@ def read_file(path,  # written by safetensors or torch.save, whatever its suffix
         raise ValueError(f"{path} is cut short or damaged ({_first_line(e)[:90]}); "
                          "get the file again") from None
     if isinstance(found, dict): return found
-    raise ValueError(
-        f"{path} holds a {type(found).__name__}; a dict of tensors was expected")
+    raise ValueError(f"{path} holds a {type(found).__name__}, not a dict of tensors")
 
 # %% ../nbs/04_pretrained.ipynb #27d67204
 FORMATS = ("timm", "meta", "torchvision", "hf")
@@ -164,9 +161,8 @@ def unwrap_state_dict(state: dict,  # what a file holds
     unwrapped = {}
     for k, v in (of_detector or tensors).items():
         k = re.sub(_PREFIXES, "", k)
-        if k in unwrapped:
-            raise ValueError(f"two tensors are called {k!r} once prefixes such as "
-                             "'module.' are off; pass one model's weights")
+        if k in unwrapped: raise ValueError(
+            f"two tensors are called {k!r} without prefixes; pass one model's weights")
         unwrapped[k] = v.detach()
     return unwrapped
 
@@ -262,7 +258,7 @@ def _variant_hint(state):
 # %% ../nbs/04_pretrained.ipynb #f20553de
 def check_state_dict(
     state: dict,        # name to tensor
-    model: nn.Module,
+    model: nn.Module,   # the one that shall get them; not changed
     source="the file",  # for the message
     shapes=None,        # name to shape that is expected; None: all of the model's
 ) -> dict:              # `state`, MLP matrices reshaped where they are 1x1 convolutions
@@ -318,7 +314,6 @@ _CFG_CHECKS = dict(
     norm_eps=lambda v: 0 < v < 1,
     label_names=lambda v: isinstance(v, list) and all(isinstance(n, str) for n in v))
 
-# %% ../nbs/04_pretrained.ipynb #38257da4
 def _check_cfg(cfg, source):
     "What is there of `_CFG_CHECKS`, as plain values; a ValueError for what can't be."
     given = {k: cfg[k] for k in _CFG_CHECKS if cfg.get(k) is not None}
@@ -447,14 +442,12 @@ def _unwrap_model(model):
     def inner(m): return getattr(m, "_orig_mod", None) or getattr(m, "module", None)
     while wrapped := inner(model): model = wrapped
     if isinstance(model, ConvNeXt): return model
-    raise ValueError(f"the model is a {type(model).__name__}; "
-                     "a ConvNeXt of this package was expected")
+    raise ValueError(f"the model is a {type(model).__name__}, no ConvNeXt of ours")
 
 def _check_num_classes(n):
     with suppress(TypeError):
         if n is None or (n := operator.index(n)) >= 0: return n
-    raise ValueError(
-        f"num_classes is {n!r}; a count of classes, 0 for none, was expected")
+    raise ValueError(f"num_classes is {n!r}; a count, 0 for none, was expected")
 
 # %% ../nbs/04_pretrained.ipynb #383e76df
 def _load_into(model, state, cfg, source, num_classes=None):
@@ -480,11 +473,10 @@ def load_weights(
     source,             # a file, or a timm tag such as "convnext_tiny.fb_in1k"
     num_classes: int | None = None,  # for the model from now on; None: as it is
 ) -> nn.Module:         # `model`; what is known of the images in `model.pretrained_cfg`
-    "Load weights of any of the `FORMATS`; an error leaves the model as it was."
+    "Load weights of any of the `FORMATS`; ValueError or OSError: nothing is changed."
     net, num_classes = _unwrap_model(model), _check_num_classes(num_classes)
-    if net.stem[0].weight.is_meta:
-        raise ValueError("the model is on the meta device, without memory; "
-                         "use load_model, or model.to_empty first")
+    if net.stem[0].weight.is_meta: raise ValueError(
+        "the model is on the meta device; use load_model, or model.to_empty first")
     _load_into(net, *_read_source(source), source, num_classes)
     return model
 
@@ -494,7 +486,7 @@ def save_weights(
     path,                   # the .safetensors file to write
     format: str = "timm",   # one of `FORMATS`: whose names the tensors get
 ):
-    "Write weights, variant and `pretrained_cfg`, atomically; an OSError says why not."
+    "Write weights, variant and `pretrained_cfg`; a ValueError or OSError says why not."
     path = Path(path)
     if path.suffix != ".safetensors": raise ValueError(
         f"{path} would hold safetensors; name it {path.stem}.safetensors")
@@ -515,7 +507,7 @@ def load_model(
     num_classes: int | None = None,  # other than the file's: a new classifier
     **overrides,        # of `ConvNeXt`: drop_path_rate, patch_size, in_chans, norm_eps
 ) -> ConvNeXt:
-    "The network that a file holds, made from it alone; errors as in `load_weights`."
+    "The network that a file holds; a ValueError or OSError as in `load_weights`."
     num_classes, (state, cfg) = _check_num_classes(num_classes), _read_source(source)
     try: config = infer_config(state)
     except ValueError as e: raise ValueError(f"{source}: {e}") from None
@@ -536,6 +528,11 @@ def preprocessing(model: ConvNeXt):  # `pretrained_cfg` says how images are prep
     if len(cfg["mean"]) != model.in_chans:
         for k in ("mean", "std"): cfg[k] = (sum(cfg[k]) / len(cfg[k]),) * model.in_chans
     return create_transform(**cfg, is_training=False)
+
+def _pixels(x, transform):
+    "What `transform` made of an image (C, H, W), for matplotlib: (H, W, C) or (H, W)."
+    norm = transform.transforms[-1]
+    return (x.movedim(0, -1) * norm.std + norm.mean).clamp(0, 1).squeeze(-1)
 
 # %% ../nbs/04_pretrained.ipynb #00058dea
 IMAGE_SUFFIXES = tuple(".png .jpg .jpeg .bmp .webp .tif .tiff .gif .ppm".split())
@@ -564,9 +561,8 @@ def _class_names(model):
     own = getattr(model, "pretrained_cfg", {}).get("label_names")
     if own and len(own) == model.num_classes: return list(own)
     subset = infer_imagenet_subset(model)
-    if not subset: return [f"class {i}" for i in range(model.num_classes)]
-    table = ImageNetInfo(subset)
-    return [table.index_to_description(i) for i in range(model.num_classes)]
+    name = ImageNetInfo(subset).index_to_description if subset else "class {}".format
+    return [name(i) for i in range(model.num_classes)]
 
 @torch.inference_mode()
 def _top_classes(model, x, topk):
@@ -576,7 +572,7 @@ def _top_classes(model, x, topk):
 
 # %% ../nbs/04_pretrained.ipynb #9c5b6858
 def classify(
-    model: ConvNeXt,
+    model: ConvNeXt,      # with a classifier; its mode, train or eval, is kept
     images,               # paths, folders, or PIL images; one of them or several
     topk: int = 5,        # how many classes for each
     batch_size: int = 32, # images that go through the network at once
@@ -600,6 +596,27 @@ def classify(
     finally: model.train(training)
     return answers
 
+# %% ../nbs/04_pretrained.ipynb #7441a9e6
+def draw_activation_map(
+    model: ConvNeXt,  # with a classifier; its mode, train or eval, is kept
+    image,            # a path or a PIL image
+    axes,             # two of matplotlib's: for the image, and for the map over it
+):
+    "Draw an image as the model sees it, and its top class's map; errors of `classify`."
+    transform, training = preprocessing(model), model.training
+    x = transform(_open_image(image, model.in_chans))                    # (C, H, W)
+    batch = x[None].to(next(model.parameters()))
+    model.eval()
+    try: found = class_activation_map(model, batch).float().cpu()        # (1, h, w)
+    finally: model.train(training)
+    found = nn.functional.interpolate(found[None], x.shape[1:], mode="bilinear")[0, 0]
+    largest = found.abs().max().item() or 1.
+    for ax in axes:
+        ax.imshow(_pixels(x, transform), cmap="gray", vmin=0, vmax=1)
+        ax.set(xticks=[], yticks=[])
+    axes[1].imshow(found, cmap="coolwarm", vmin=-largest, vmax=largest,
+                   alpha=.75 * found.abs().numpy() / largest)
+
 # %% ../nbs/04_pretrained.ipynb #6d9d3c15
 @contextmanager
 def one_line_errors(parser: ArgumentParser):  # the command's
@@ -622,27 +639,60 @@ def _classify_parser():
                         metavar="TAG", help="a timm tag (default: %(default)s)")
     either.add_argument("--weights", metavar="FILE",
                         help="a file of weights, such as a run's best.safetensors")
-    add("--topk", type=int, default=5, metavar="K",
-        help="classes for each image (default: %(default)s)")
+    add("--topk", type=int, default=5, metavar="K", help="answers each (default: 5)")
+    add("--explain", metavar="DIR",
+        help="a folder for a picture of each image: what its first answer rests on")
     add("--device", help="cpu or cuda (default: cuda where there is one)")
     return parser
 
+# %% ../nbs/04_pretrained.ipynb #778de52f
+def _picture_paths(images, folder):
+    "A path in `folder` for the picture of each image; an error if it can't be there."
+    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    why = "is a file" if there.is_file() else "can't be written to"
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)): raise OSError(
+        f"no pictures can be put into {folder}: {there} {why}; pass another folder")
+    paths, seen, inputs = [], Counter(), {Path(p).resolve() for p in images}
+    for stem in (Path(p).stem for p in images):
+        seen[stem.lower()] += 1  # there are disks that ignore case
+        n = seen[stem.lower()]
+        paths.append(folder / f"{stem}_map{n if n > 1 else ''}.png")
+    if replaced := [p for p in paths if p.resolve() in inputs]: raise ValueError(
+        f"a picture would replace the image {replaced[0]}; pass another folder")
+    return paths
+
+# %% ../nbs/04_pretrained.ipynb #912408bf
+def _write_picture(path, model, image, answer):
+    "What the network sees and what its answer rests on, with the answer above."
+    from matplotlib.figure import Figure
+    fig = Figure(figsize=(6.4, 3.8), layout="constrained")
+    draw_activation_map(model, image, fig.subplots(1, 2))
+    fig.suptitle(textwrap.fill(answer, 60), parse_math=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        atomic_write(path, lambda tmp: fig.savefig(tmp, format="png"))
+
 # %% ../nbs/04_pretrained.ipynb #c92397eb
 def main(argv: list | None = None):  # None: the process's own
-    "The command `convnext-classify`."
+    "The command `convnext-classify`; ValueError and OSError end it with one line."
     parser = _classify_parser()
     with one_line_errors(parser):
         a = parser.parse_args(argv)
         images = find_images(a.images)
         for p in images:
-            if not Path(p).is_file(): raise FileNotFoundError(f"there is no image {p}")
+            if not Path(p).is_file(): raise OSError(f"there is no image {p}")
+        explain = a.explain is not None
+        pictures = _picture_paths(images, Path(a.explain)) if explain else images
         device = pick_device(a.device)
         try:
             model = load_model(a.model if a.weights is None else a.weights).to(device)
-            for image in images:
+            for image, picture in zip(images, pictures):
                 answer = classify(model, image, a.topk)[0]
                 answer = [f"{' '.join(label.split())} {p:.1%}" for label, p in answer]
+                if explain: _write_picture(picture, model, image, answer[0])
                 print(f"{image}: {', '.join(answer)}", flush=True)
+            if explain: print(f"pictures are in {a.explain}")
         except RuntimeError as e:
             if not re.search("CUDA|memory", str(e)): raise
             raise OSError(f"cannot work on {device}: {_first_line(e)}; "

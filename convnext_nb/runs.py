@@ -43,7 +43,10 @@ from .train import (
     PRESETS, Run, TrainConfig, build_model, diagnose, evaluate, fit, lr_at, predict)
 
 # %% ../nbs/08_runs.ipynb #3f443683
-def start_model(cfg: TrainConfig, info: DatasetInfo) -> ConvNeXt:
+def start_model(
+    cfg: TrainConfig,   # its `weights`: a file, a timm tag, or None for fresh ones
+    info: DatasetInfo,  # the data's classes and channels, and how they are normalized
+) -> ConvNeXt:          # on the CPU, in float32
     "`build_model`'s network, with the weights that `cfg.weights` names, if any."
     model = build_model(cfg, info)
     if cfg.weights is None: return model
@@ -54,14 +57,19 @@ def start_model(cfg: TrainConfig, info: DatasetInfo) -> ConvNeXt:
     return model
 
 # %% ../nbs/08_runs.ipynb #fdbda9b2
-def random_state(device: torch.device) -> dict:
+def random_state(
+    device: torch.device,  # its generator is included if it is a GPU
+) -> dict:                 # python, numpy, torch, cuda (None on a CPU)
     "State of python's, numpy's, torch's and CUDA's random numbers, in plain types."
     name, keys, *rest = np.random.get_state()
     cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     return dict(python=random.getstate(), numpy=[name, keys.tolist(), *rest],
                 torch=torch.get_rng_state(), cuda=cuda)
 
-def set_random_state(state: dict, device: torch.device):
+def set_random_state(
+    state: dict,           # from `random_state`
+    device: torch.device,  # need not be the one of then; a CPU leaves CUDA's alone
+):
     "Put back what `random_state` gave."
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
@@ -131,11 +139,11 @@ def load_checkpoint(
 
 # %% ../nbs/08_runs.ipynb #1a85dd7a
 class Interrupted(KeyboardInterrupt):
-    "A run was stopped by a signal, and saved."
+    "A run was stopped by a signal, and saved; its argument is the signal's number."
 
 @contextmanager
 def catch_signals():
-    "Note SIGINT and SIGTERM in a list; after three seconds they interrupt."
+    "Note SIGINT and SIGTERM in a list; KeyboardInterrupt if one comes 3 s later."
     received, times = [], []
     def note(signum, frame):
         if times and time.monotonic() > times[0] + 3: raise KeyboardInterrupt
@@ -154,7 +162,9 @@ def catch_signals():
 MAY_DIFFER_ON_RESUME = {"out", "resume", "data_dir", "num_workers", "device",
                         "checkpoint_steps", "tensorboard"}
 
-def read_config(folder) -> dict:    # fields of `TrainConfig`, without unknown ones
+def read_config(
+    folder,  # of a run; a path or a string
+) -> dict:   # fields of `TrainConfig`, without unknown ones
     "What the run in a folder was asked; a ValueError if config.json cannot be read."
     path, known = Path(folder) / "config.json", TrainConfig.__dataclass_fields__
     try: return {k: v for k, v in json.loads(path.read_text()).items() if k in known}
@@ -168,7 +178,9 @@ def _next_free_folder(dataset):
     names = (f"{dataset}-{i}" if i > 1 else dataset for i in range(1, sys.maxsize))
     return next(p for name in names if not (p := Path("runs", name)).exists())
 
-def run_folder(cfg: TrainConfig) -> Path:   # it need not exist yet
+def run_folder(
+    cfg: TrainConfig,  # `out`: None takes the next free runs/<dataset>
+) -> Path:             # it need not exist yet
     "Where the run goes; FileExistsError or ValueError if something would be lost."
     if cfg.out is None:
         if not cfg.resume: return _next_free_folder(cfg.dataset)
@@ -419,7 +431,7 @@ def _write_result(folder, run, test):
 
 # %% ../nbs/08_runs.ipynb #4025bd9e
 def train(
-    cfg: TrainConfig,
+    cfg: TrainConfig,   # with `resume`: as before, see MAY_DIFFER_ON_RESUME
     after_epoch=None,   # called with the run folder after each epoch, by one process
 ) -> dict:              # what result.json holds
     "Train as `cfg` says and leave a run folder; `Interrupted`, and saved, by a signal."
@@ -437,7 +449,7 @@ def confused_pairs(
     probs,              # (N, classes)
     labels,             # (N,) integers
     classes,            # their names
-    max_pairs: int = 10,
+    max_pairs: int = 10,  # that are returned, at most
 ) -> list:
     "(class, taken for, how often), the most frequent first."
     predicted = probs.argmax(1)
@@ -481,7 +493,7 @@ def plot_errors(
     probs,                  # (N, classes)
     labels,                 # (N,) integers
     loader,                 # of the N images, in order
-    max_images: int = 16,
+    max_images: int = 16,   # eight in a row
 ):                          # a matplotlib Figure
     "The images that are wrong with the most confidence."
     import matplotlib.pyplot as plt
@@ -517,7 +529,7 @@ def evaluate_run(
     run_dir,                # folder of a run
     split: str = "test",    # train, val or test
     tta: bool = False,      # test-time augmentation
-    **overrides,            # data_dir, device, batch_size, num_workers
+    **overrides,  # of the configuration: data_dir, device, batch_size, num_workers
 ) -> dict:                  # as from `evaluate`, and `confused`: see `confused_pairs`
     "Evaluate the best weights; confusion.png and errors.png; ValueError if not a run."
     folder = Path(run_dir)
@@ -563,7 +575,9 @@ def make_parser() -> ArgumentParser:
     for config in TrainConfig.__mro__[-2::-1]: _add_options(parser, config)
     return parser
 
-def config_of_options(options: dict) -> TrainConfig:
+def config_of_options(
+    options: dict,  # what was given on the command line, and `preset`
+) -> TrainConfig:
     "What `make_parser` read, over the configuration of the run to resume or a preset."
     values, out = PRESETS[options["preset"]], options.get("out")
     if options.get("resume") and out and Path(out, "config.json").exists():

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'ModelConfig', 'RecipeConfig', 'TrainConfig', 'preset', 'build_model', 'param_groups', 'Muon',
-           'make_optimizers', 'lr_at', 'ema_decay_at', 'diagnose', 'Progress', 'Run', 'train_step', 'update',
-           'update_ema', 'CUDAGraphedStep', 'train_epoch', 'check_finite', 'tta_views', 'iter_logits', 'evaluate',
+           'make_optimizers', 'lr_at', 'ema_decay_at', 'diagnose', 'Progress', 'Run', 'train_step', 'update_ema',
+           'update', 'CUDAGraphedStep', 'train_epoch', 'check_finite', 'tta_views', 'iter_logits', 'evaluate',
            'predict', 'end_epoch', 'fit']
 
 # %% ../nbs/03_train.ipynb #e3f92bb2
@@ -186,7 +186,7 @@ def _check_stride(cfg, info, patch_size, num_stages):
 
 # %% ../nbs/03_train.ipynb #4b471a20
 def build_model(
-    cfg: TrainConfig,
+    cfg: TrainConfig,   # its fields of `ModelConfig`, and the seed
     info: DatasetInfo,  # what `loader.info` says
 ) -> ConvNeXt:          # its weights are fresh and depend on cfg.seed alone
     "The network that `cfg` asks for; a ValueError if the images are too small."
@@ -221,8 +221,8 @@ def _image_facts(cfg, info):
 
 # %% ../nbs/03_train.ipynb #556b5194
 def param_groups(
-    model: nn.Module,
-    weight_decay: float,
+    model: nn.Module,       # timm's names of blocks if `layer_decay` is below 1
+    weight_decay: float,    # of matrices and kernels
     # factor on the learning rate for every three blocks away from the classifier
     layer_decay: float = 1.,
 ) -> list:  # of dicts for an optimizer, with params, weight_decay and lr_scale
@@ -241,7 +241,8 @@ def param_groups(
 class Muon(torch.optim.Muon):
     "torch's Muon, with a learning rate that is a tensor."
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure=None):  # computes the loss again; None: it is not needed
+        "Move the matrices; the loss, if there is a closure."
         rates = [g["lr"] for g in self.param_groups]
         before = [[p.clone() for p in g["params"]] for g in self.param_groups]
         for g in self.param_groups: g["lr"] = 1.
@@ -253,8 +254,8 @@ class Muon(torch.optim.Muon):
 
 # %% ../nbs/03_train.ipynb #2e4703ee
 def make_optimizers(
-    model: ConvNeXt,
-    cfg: TrainConfig,
+    model: ConvNeXt,    # on the device where it will train
+    cfg: TrainConfig,   # `optimizer`, rates and decays
 ) -> list:              # torch optimizers, one or two, whose groups have an lr_scale
     "AdamW, or Muon for the MLPs' matrices and AdamW for the rest."
     device = next(model.parameters()).device
@@ -275,7 +276,7 @@ def make_optimizers(
 # %% ../nbs/03_train.ipynb #005e6665
 def lr_at(
     step: int,           # optimizer steps done
-    cfg: TrainConfig,
+    cfg: TrainConfig,    # `lr`, `min_lr`, `epochs` and `warmup_epochs`
     epoch_steps: int,    # steps in an epoch
 ) -> float:              # learning rate of the next step
     "Linear warm-up from 0 to `lr`, then cosine down to `min_lr`."
@@ -288,7 +289,7 @@ def lr_at(
 # %% ../nbs/03_train.ipynb #1dccad53
 def ema_decay_at(
     step: int,          # optimizer steps done
-    cfg: TrainConfig,
+    cfg: TrainConfig,   # `ema_decay`
 ) -> float:             # share of the average that the next step keeps
     "`cfg.ema_decay`, and less in the first steps."
     # 0 at first: the average begins as a copy of the weights after the first step
@@ -346,8 +347,8 @@ def _advice_on_network(cfg, info, num_params):
 
 # %% ../nbs/03_train.ipynb #0559162b
 def diagnose(
-    cfg: TrainConfig,
-    info: DatasetInfo,
+    cfg: TrainConfig,   # the recipe to look at
+    info: DatasetInfo,  # what `loader.info` says
     epoch_steps: int,   # optimizer steps in an epoch
     num_params: int,    # of the network
 ) -> list:              # of sentences; empty: nothing looks wrong
@@ -361,7 +362,7 @@ class Progress:
     "How far a training run has come: its counters, sums and history."
     def __init__(self,
         epoch_steps: int,       # optimizer steps in an epoch
-        device: torch.device,
+        device: torch.device,   # where the sums are kept
     ):
         self.epoch_steps, self.device = epoch_steps, device
         self.rank, self.world = rank_and_world_size()
@@ -377,10 +378,10 @@ class Progress:
 class Run(Progress):
     "A network that learns, and how far it has come."
     def __init__(self,
-        cfg: TrainConfig,
-        info: DatasetInfo,
+        cfg: TrainConfig,       # network, recipe and precision
+        info: DatasetInfo,      # what `loader.info` says
         epoch_steps: int,       # optimizer steps in an epoch
-        device: torch.device,
+        device: torch.device,   # of weights and batches
         model: nn.Module | None = None,  # a network of your own; None: `build_model`'s
     ):
         super().__init__(epoch_steps, device)
@@ -418,7 +419,7 @@ def _wrap(cfg, model, device, dtype):
 
 # %% ../nbs/03_train.ipynb #cc0a163d
 def train_step(
-    run: Run,
+    run: Run,            # its `step` decides on the learning rate and EMA decay
     x: torch.Tensor,     # (B, C, H, W)
     y: torch.Tensor,     # (B,), or (B, classes) where images are mixed
 ) -> torch.Tensor:       # (3,) loss, top-1 accuracy, gradient norm, on the device
@@ -432,8 +433,24 @@ def train_step(
     if run.ema: run.ema.n_averaged += 1
     return run.update(run, x, y)
 
+# %% ../nbs/03_train.ipynb #cbc8d1b0
+@torch.no_grad()
+def update_ema(
+    ema_model: nn.Module,   # the average; only parameters move, no buffers
+    model: nn.Module,       # the network that learns
+    decay: torch.Tensor,    # () share of its own weights that `ema_model` keeps
+):
+    "Move the weights of `ema_model` towards those of `model`, in place."
+    ema, new = list(ema_model.parameters()), list(model.parameters())
+    change = torch._foreach_mul(torch._foreach_sub(new, ema), 1 - decay)
+    torch._foreach_add_(ema, change)
+
 # %% ../nbs/03_train.ipynb #aee7bb54
-def update(run: Run, x, y):  # x and y as in `train_step`, on the device
+def update(
+    run: Run,   # its optimizers' rates and `ema_decay` are set
+    x,          # (B, C, H, W), on the device
+    y,          # (B,), or (B, classes) where images are mixed, on the device
+):
     "`train_step` without the schedule: work for the device alone."
     cfg, loss, right = run.cfg, 0, 0
     autocast = torch.autocast(run.device.type, run.dtype, run.dtype != torch.float32)
@@ -458,18 +475,6 @@ def update(run: Run, x, y):  # x and y as in `train_step`, on the device
     for o in run.optimizers: o.zero_grad()
     if run.ema: update_ema(run.ema.module, run.model, run.ema_decay)
     return torch.stack([loss, right / len(y), norm])
-
-# %% ../nbs/03_train.ipynb #cbc8d1b0
-@torch.no_grad()
-def update_ema(
-    ema_model: nn.Module,
-    model: nn.Module,
-    decay: torch.Tensor,    # () share of its own weights that `ema_model` keeps
-):
-    "Move the weights of `ema_model` towards those of `model`, in place."
-    ema, new = list(ema_model.parameters()), list(model.parameters())
-    change = torch._foreach_mul(torch._foreach_sub(new, ema), 1 - decay)
-    torch._foreach_add_(ema, change)
 
 # %% ../nbs/03_train.ipynb #2de90438
 def _on_side_stream(f, *args):
@@ -514,7 +519,7 @@ class CUDAGraphedStep:
 
 # %% ../nbs/03_train.ipynb #b28a488d
 def train_epoch(
-    run: Run,
+    run: Run,   # begins at `run.batch` of `run.epoch`
     loader,     # images (B, C, H, W) and labels (B,), or (B, classes) where mixed
     # called with the number of steps since the last call, when all are known to be good
     after_steps=lambda steps: None,
@@ -539,7 +544,7 @@ def train_epoch(
 
 # %% ../nbs/03_train.ipynb #a3cce073
 def check_finite(
-    run: Run,
+    run: Run,               # has taken these steps
     values: list,           # of the last steps: loss, accuracy, gradient norm
     patience: int = 20,     # float16: steps in a row that may overflow
 ):
@@ -565,7 +570,7 @@ def tta_views(
 # %% ../nbs/03_train.ipynb #fb0f9bac
 @torch.no_grad()
 def iter_logits(
-    model: nn.Module,
+    model: nn.Module,       # images (B, C, H, W) -> logits (B, classes)
     loader,                 # yields images (B, C, H, W) and labels (B,)
     dtype=torch.float32,    # of autocast; float32: none
     tta: bool = False,      # test-time augmentation: mean logits over `tta_views`
@@ -582,7 +587,7 @@ def iter_logits(
 
 # %% ../nbs/03_train.ipynb #9ff4ff64
 def evaluate(
-    model: nn.Module,
+    model: nn.Module,       # images (B, C, H, W) -> logits (B, classes)
     loader,                 # yields images (B, C, H, W) and labels (B,)
     dtype=torch.float32,    # of autocast; float32: none
     tta: bool = False,      # test-time augmentation: mean logits over `tta_views`
@@ -602,7 +607,7 @@ def evaluate(
 
 # %% ../nbs/03_train.ipynb #6f1ebff6
 def predict(
-    model: nn.Module,
+    model: nn.Module,       # images (B, C, H, W) -> logits (B, classes)
     loader,                 # yields images (B, C, H, W) and labels (B,)
     dtype=torch.float32,    # of autocast; float32: none
     tta: bool = False,      # test-time augmentation: mean logits over `tta_views`
@@ -614,7 +619,7 @@ def predict(
 
 # %% ../nbs/03_train.ipynb #812c6e92
 def end_epoch(
-    run: Run,
+    run: Run,       # has trained on all batches of the epoch
     val_dl=None,    # evaluated; None: no validation
 ) -> dict:          # the row: losses, accuracies in [0, 1], seconds, images_per_s
     "Note the epoch in `run.history`, and turn to the next one."
@@ -635,7 +640,7 @@ def end_epoch(
 
 # %% ../nbs/03_train.ipynb #8bb3044e
 def fit(
-    run: Run,
+    run: Run,                        # new, or in the midst of a training
     train_dl,                        # a loader of `run.epoch_steps` batches
     val_dl=None,                     # evaluated after each epoch; None: no validation
     after_steps=lambda steps: None,  # called with the number of steps since last time

@@ -141,7 +141,8 @@ def comments(f):
     mro = reversed(f.__mro__) if inspect.isclass(f) else [f]
     found = {}
     for base in [b for b in mro if b is f or dataclasses.is_dataclass(b)]:
-        found |= {k: v for k, v in docments(base).items() if v or k not in found}
+        known = docments(base, args_kwargs=True)
+        found |= {k: v for k, v in known.items() if v or k not in found}
     return found
 
 
