@@ -311,7 +311,8 @@ def test_learns_real_cifar10(tmp_path):
                            "--out", tmp_path / name, *args)
         assert p.returncode == 0, p.stderr
         return result(tmp_path / name)["test_top1"]
-    first = top1("run", many, "--batch_size", 64, "--warmup_epochs", 1)
+    first = top1("run", many, "--batch_size", 64, "--warmup_epochs", 1, "--low_res", 16,
+                 "--low_res_epochs", 1)
     scratch = top1("scratch", few, "--batch_size", 50, "--lr", 1e-3)
     tuned = top1("tuned", few, "--batch_size", 50, "--lr", 1e-3, "--layer_decay", .7,
                  "--weights", tmp_path / "run" / "best.safetensors")
