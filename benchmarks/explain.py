@@ -1,14 +1,17 @@
 r"""What a trained network's answers rest on: class activation maps of images that it never saw.
 
-    convnext-train --preset cifar10-fast --epochs 5 --dims 48,96,192 --out runs/cifar10 \
-        --dataset imagefolder --data_dir TREE
+    convnext-train --preset cifar10-fast --optimizer adamw --lr 4e-3 --epochs 5 \
+        --dims 48,96,192 --depths 1,2,1 --val_fraction 0 \
+        --dataset imagefolder --data_dir TREE --out runs/cifar10
     python benchmarks/explain.py runs/cifar10 TREE/test
 
+AdamW, because torch's Muon orthogonalizes in bfloat16, which a CPU without it emulates slowly.
 Takes a run's folder and a folder with a folder of images for each class. Eight images are chosen
 by --seed alone, good and bad answers as they come. Writes <name>.png and <name>.json into
 benchmarks/results.
 """
 import json
+import os
 import random
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
@@ -65,7 +68,7 @@ def main():
     answers = draw(model, choose(a.images, a.n, a.seed), result_path(a.name, ".png"))
     config, result = (json.loads((a.run / f"{f}.json").read_text()) for f in ("config", "result"))
     config = {k: v for k, v in config.items() if k not in PLACES}
-    where = environment(device, a.images)
+    where = environment(device, os.path.dirname(a.images.rstrip("/")))  # the tree's root
     print(write_result(a.name, **where, config=config | dict(choice_seed=a.seed),
                        result=result, settings=answers))
 

@@ -41,7 +41,7 @@ class DatasetInfo:
     patch_size: int = None  # side in pixels of patches that suit; None: by image size
 
 # %% ../nbs/02_data.ipynb #376b86da
-DATASETS = {
+DATASETS = {  # name -> what is known of the images
     "digits": DatasetInfo(32, 1, (.3092,), (.3488,), hflip=False, patch_size=4),
     "cifar10": DatasetInfo(
         32, 3, (.4914, .4822, .4465), (.2470, .2435, .2616), hflip=True),

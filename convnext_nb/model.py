@@ -92,17 +92,30 @@ class _Backbone(nn.Module):
 
     def _embed(self, x):
         _check_images(x, self.in_chans, self.feature_info[-1]["reduction"])
-        return self.stem(x)                 # (N, dims[0], H / patch, W / patch)
+        return self.stem(x)  # (N, dims[0], H / patch, W / patch)
 
-    def forward_features(self, x):          # (N, in_chans, H, W)
-        return self.stages(self._embed(x))  # (N, dims[-1], H / stride, W / stride)
+    def forward_features(self,
+        x: torch.Tensor,  # (N, in_chans, H, W), H and W of at least the stride
+    ) -> torch.Tensor:    # (N, dims[-1], H / stride, W / stride), rounded down
+        "The last stage's map; ValueError for images that do not fit."
+        return self.stages(self._embed(x))
 
-    def forward_intermediates(self, x, indices=None, intermediates_only: bool = False):
-        "Last features, and stages' maps: all (None), the last (a number), or a list's."
+# %% ../nbs/01_model.ipynb #a3d90b6e
+class _Intermediates(_Backbone):
+    "A backbone that gives the map of each stage."
+    def forward_intermediates(self,
+        x: torch.Tensor,  # (N, in_chans, H, W), H and W of at least the stride
+        # how many of the last stages, or a list of stages (-1: the last); None: all
+        indices: int | list | None = None,
+        intermediates_only: bool = False,  # the list alone; no later stage runs
+    ) -> tuple | list:  # last map, and list of maps (N, num_chs, H / r, W / r)
+        """The last stage's map and those of chosen stages; r: `reduction` of a stage.
+
+        ValueError for images that do not fit, or stages that there are not."""
         taken, maps, x = _stage_indices(indices, len(self.stages)), [], self._embed(x)
         for i, stage in enumerate(self.stages):
             x = stage(x)
-            if i in taken: maps.append(x)   # (N, num_chs, H / reduction, W / reduction)
+            if i in taken: maps.append(x)
             if intermediates_only and i == max(taken): return maps
         return x, maps
 
@@ -114,36 +127,55 @@ def _init_weights(m):
         nn.init.zeros_(m.bias)
 
 # %% ../nbs/01_model.ipynb #29f0699f
-class _Classifier(_Backbone):
-    "A backbone with the methods of its head."
-    def forward_head(self, x, pre_logits: bool = False):
+class _Classifier(_Intermediates):
+    "A backbone and its head: mean over the pixels, norm, linear layer."
+    def forward_head(self,
+        x: torch.Tensor,           # (N, dims[-1], h, w), the last stage's map
+        pre_logits: bool = False,  # leave the linear layer out
+    ) -> torch.Tensor:             # (N, num_classes); with `pre_logits` (N, dims[-1])
+        "Logits of the last stage's map, or the pooled and normalized features."
         x = self.head.norm(x.mean((-2, -1)))         # (N, dims[-1])
         return x if pre_logits else self.head.fc(x)  # (N, num_classes)
 
-    def forward(self, x): return self.forward_head(self.forward_features(x))
+    def forward(self,
+        x: torch.Tensor,  # (N, in_chans, H, W), H and W of at least the stride
+    ) -> torch.Tensor:    # (N, num_classes); without classes (N, dims[-1])
+        "Logits of images; ValueError for images that do not fit."
+        return self.forward_head(self.forward_features(x))
 
-    def get_classifier(self): return self.head.fc
+    def get_classifier(self) -> nn.Module:  # (N, dims[-1]) -> (N, num_classes)
+        "The last layer: a Linear, or an Identity where there are no classes."
+        return self.head.fc
 
-    def reset_classifier(self, num_classes: int):
-        "A fresh last layer with `num_classes` outputs; 0: none."
+# %% ../nbs/01_model.ipynb #7be95f13
+class _Trainable(_Classifier):
+    "A classifier with the methods that timm's training code calls."
+    def reset_classifier(self,
+        num_classes: int,  # outputs of the new layer; 0: none, the features come out
+    ):
+        "Put a fresh last layer in, with the device and dtype of the one before."
         self.num_classes, weight = num_classes, self.head.norm.weight
         like = dict(device=weight.device, dtype=weight.dtype)
         fc = nn.Identity()
         if num_classes: fc = nn.Linear(self.num_features, num_classes, **like)
         self.head.fc = fc.apply(_init_weights)
 
-    def group_matcher(self, coarse: bool = False):
+    def group_matcher(self,
+        coarse: bool = False,  # a group for each stage, or else for each block
+    ) -> dict:                 # group -> regular expressions on parameters' names
         "Parameters by depth, in timm's form, for its layer-wise learning rates."
         blocks = (r"^stages\.(\d+)\.blocks\.(\d+)", None)
         fine = [(r"^stages\.(\d+)\.downsample", (0,)), blocks]
         return dict(stem=r"^stem", blocks=r"^stages\.(\d+)" if coarse else fine)
 
-    def set_grad_checkpointing(self, enable: bool = True):
-        "Keep only the blocks' inputs for the backward pass, or everything."
+    def set_grad_checkpointing(self,
+        enable: bool = True,  # False: keep everything
+    ):
+        "Keep only the blocks' inputs for the backward pass and compute the rest again."
         for stage in self.stages: stage.grad_checkpointing = enable
 
 # %% ../nbs/01_model.ipynb #8b1e3e7e
-class ConvNeXt(_Classifier):
+class ConvNeXt(_Trainable):
     """ConvNeXt (Liu et al. 2022): (N, in_chans, H, W) -> logits (N, num_classes).
 
     ValueError for depths and dims of different number, or images that do not fit."""
@@ -184,6 +216,7 @@ _SIZES = {
     "huge":   dict(depths=(3, 3, 27, 3), dims=(352, 704, 1408, 2816)),
 }
 _V2 = dict(use_grn=True, ls_init_value=None)
+# name -> arguments of ConvNeXt
 VARIANTS = {f"convnext_{s}": _SIZES[s] for s in _SIZES if s != "huge"}
 VARIANTS |= {f"convnextv2_{s}": _SIZES[s] | _V2 for s in _SIZES if s != "xlarge"}
 
@@ -322,27 +355,37 @@ def summary(
     rows.append({"stage": "total", "output": ""} | total)
     return rows
 
+# %% ../nbs/01_model.ipynb #d40f6a92
+def _class_indices(classes, n, k, device):
+    "`classes` as a tensor of n integers from 0 to k - 1; ValueError for others."
+    message = (f"classes is {classes!r}; give {n} integers from 0 to {k - 1}, "
+               "one for each image, in a list or tensor")
+    try: found = torch.as_tensor(classes, device=device)
+    except (TypeError, ValueError, RuntimeError) as e: raise ValueError(message) from e
+    whole = not found.is_floating_point() and found.dtype != torch.bool
+    if not whole or found.shape != (n,) or not all(0 <= c < k for c in found.tolist()):
+        raise ValueError(message)
+    return found.long()
+
 # %% ../nbs/01_model.ipynb #25d79cd6
 @torch.no_grad()
 def class_activation_map(
     model: ConvNeXt,       # with a classifier; `eval()` it, or drop path is at work
     images: torch.Tensor,  # (N, in_chans, H, W), normalized as for the logits
-    # (N,), int64: a class for each image; None: the one with the largest logit
-    classes: torch.Tensor | None = None,
+    # (N,) integers: a class for each image; None: the one with the largest logit
+    classes: torch.Tensor | list | None = None,
 ) -> torch.Tensor:         # (N, H / stride, W / stride), in units of the logit
     """What each position of the last map adds to a class's logit (Zhou et al. 2016).
 
     The sum is the logit less a constant, `(fc.weight @ norm.bias + fc.bias)[class]`.
-    Exact up to the norm, whose mean and variance are those of the pooled vector.
-    ValueError without a classifier, or for classes that do not fit."""
+    The norm's mean and deviation are those of the pooled vector, held fixed.
+    ValueError without a classifier, or for images or classes that do not fit."""
     norm, fc = model.head.norm, model.get_classifier()
     if not isinstance(fc, nn.Linear):
         raise ValueError("the model has no classifier; reset_classifier makes one")
     maps = model.forward_features(images)                    # (N, C, h, w)
     if classes is None: classes = model.forward_head(maps).argmax(-1)
-    n, k = len(images), fc.out_features
-    if classes.shape != (n,) or not all(0 <= c < k for c in classes.tolist()):
-        raise ValueError(f"classes is {classes}; give {n} numbers from 0 to {k - 1}")
+    classes = _class_indices(classes, len(maps), fc.out_features, maps.device)
     var, mean = torch.var_mean(  # of the pooled vector
         maps.mean((-2, -1), keepdim=True), 1, correction=0, keepdim=True)
     maps = (maps - mean) / (var + norm.eps).sqrt()

@@ -9,7 +9,6 @@ __all__ = ['LADDER', 'Design', 'conv', 'ResidualBlock', 'Network', 'Rung', 'rung
 # %% ../nbs/05_modernize.ipynb #69d39adb
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -149,7 +148,8 @@ class Network(nn.Module):
         return self.head(x.mean((-2, -1)))  # (N, num_classes)
 
 # %% ../nbs/05_modernize.ipynb #da8ce3a3
-class Rung(NamedTuple):
+@dataclass(frozen=True)
+class Rung:
     "A row of the paper's table 10."
     name: str           # what table 10 calls the step, in short
     change: dict        # fields of `Design` that differ from the rung it stands on
@@ -159,7 +159,7 @@ class Rung(NamedTuple):
     kept: bool = True   # the next rung stands on it
 
 # %% ../nbs/05_modernize.ipynb #81fdb69f
-LADDER = [
+LADDER = [  # table 10 of the paper
     Rung("ResNet-50", {}, 76.13, 0., 4.09),
     Rung("training recipe", {}, 78.82, .07, 4.09),
     Rung("stage ratio", dict(depths=(3, 3, 9, 3)), 79.36, .07, 4.53),

@@ -22,10 +22,11 @@ import textwrap
 import warnings
 import zipfile
 from argparse import ArgumentParser, Namespace
-from collections import Counter
+from collections import Counter, defaultdict
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from functools import cache
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -105,7 +106,7 @@ def read_file(path,  # written by safetensors or torch.save, whatever its suffix
     raise ValueError(f"{path} holds a {type(found).__name__}, not a dict of tensors")
 
 # %% ../nbs/04_pretrained.ipynb #27d67204
-FORMATS = ("timm", "meta", "torchvision", "hf")
+FORMATS = ("timm", "meta", "torchvision", "hf")  # whose parameter names are known
 _BLOCK = ("stages.{i}.blocks.{j}.", "stages.{i}.{j}.", "features.{b}.{j}.",
           "encoder.stages.{i}.layers.{j}.")
 _BLOCK_PARTS = [
@@ -116,7 +117,7 @@ _BLOCK_PARTS = [
     ("mlp.grn.bias", "grn.beta", "?", "grn.bias"),
     ("mlp.fc2", "pwconv2", "block.5", "pwconv2"),
     ("gamma", "gamma", "layer_scale", "layer_scale_parameter")]
-VOCABULARY = [dict(zip(FORMATS, row)) for row in [
+VOCABULARY = [dict(zip(FORMATS, row)) for row in [  # format -> name, for each part
     ("stem.0", "downsample_layers.0.0", "features.0.0", "embeddings.patch_embeddings"),
     ("stem.1", "downsample_layers.0.1", "features.0.1", "embeddings.layernorm"),
     ("stages.{i}.downsample.{k}", "downsample_layers.{i}.{k}", "features.{d}.{k}",
@@ -487,8 +488,7 @@ def save_weights(
     format: str = "timm",   # one of `FORMATS`: whose names the tensors get
 ):
     "Write weights, variant and `pretrained_cfg`; a ValueError or OSError says why not."
-    path = Path(path)
-    if path.suffix != ".safetensors": raise ValueError(
+    if (path := Path(path)).suffix != ".safetensors": raise ValueError(
         f"{path} would hold safetensors; name it {path.stem}.safetensors")
     model = _unwrap_model(model)
     state = {k: v.detach().cpu() for k, v in model.state_dict().items()}
@@ -535,6 +535,7 @@ def _pixels(x, transform):
     return (x.movedim(0, -1) * norm.std + norm.mean).clamp(0, 1).squeeze(-1)
 
 # %% ../nbs/04_pretrained.ipynb #00058dea
+# endings of the files that are taken for images
 IMAGE_SUFFIXES = tuple(".png .jpg .jpeg .bmp .webp .tif .tiff .gif .ppm".split())
 
 def find_images(paths,  # files, folders and PIL images
@@ -647,27 +648,27 @@ def _classify_parser():
 
 # %% ../nbs/04_pretrained.ipynb #778de52f
 def _picture_paths(images, folder):
-    "A path in `folder` for the picture of each image; an error if it can't be there."
+    "A free path in `folder` for the picture of each image; an error if it can't be there."
     there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     why = "is a file" if there.is_file() else "can't be written to"
     if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)): raise OSError(
         f"no pictures can be put into {folder}: {there} {why}; pass another folder")
-    paths, seen, inputs = [], Counter(), {Path(p).resolve() for p in images}
+    taken = {n.lower() for n in (os.listdir(folder) if folder == there else ())}
+    paths, numbers = [], defaultdict(lambda: count(1))  # there are disks that ignore case
     for stem in (Path(p).stem for p in images):
-        seen[stem.lower()] += 1  # there are disks that ignore case
-        n = seen[stem.lower()]
-        paths.append(folder / f"{stem}_map{n if n > 1 else ''}.png")
-    if replaced := [p for p in paths if p.resolve() in inputs]: raise ValueError(
-        f"a picture would replace the image {replaced[0]}; pass another folder")
+        names = (f"{stem}_map{n if n > 1 else ''}.png" for n in numbers[stem.lower()])
+        paths.append(folder / next(n for n in names if n.lower() not in taken))
     return paths
 
 # %% ../nbs/04_pretrained.ipynb #912408bf
-def _write_picture(path, model, image, answer):
-    "What the network sees and what its answer rests on, with the answer above."
+def _write_picture(path, model, image, label, probability):
+    "What the network sees and what its answer rests on, each with a title."
     from matplotlib.figure import Figure
     fig = Figure(figsize=(6.4, 3.8), layout="constrained")
-    draw_activation_map(model, image, fig.subplots(1, 2))
-    fig.suptitle(textwrap.fill(answer, 60), parse_math=False)
+    draw_activation_map(model, image, axes := fig.subplots(1, 2))
+    legend = f"for {label} ({probability}): red speaks for it, blue against"
+    for ax, title in zip(axes, ("as the network sees it", legend)):
+        ax.set_title(textwrap.fill(title, 40), fontsize=10, parse_math=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -679,20 +680,20 @@ def main(argv: list | None = None):  # None: the process's own
     parser = _classify_parser()
     with one_line_errors(parser):
         a = parser.parse_args(argv)
+        if a.explain == "": raise ValueError("--explain is empty; name a folder")
         images = find_images(a.images)
         for p in images:
             if not Path(p).is_file(): raise OSError(f"there is no image {p}")
-        explain = a.explain is not None
-        pictures = _picture_paths(images, Path(a.explain)) if explain else images
+        pictures = _picture_paths(images, Path(a.explain)) if a.explain else images
         device = pick_device(a.device)
         try:
             model = load_model(a.model if a.weights is None else a.weights).to(device)
             for image, picture in zip(images, pictures):
-                answer = classify(model, image, a.topk)[0]
-                answer = [f"{' '.join(label.split())} {p:.1%}" for label, p in answer]
-                if explain: _write_picture(picture, model, image, answer[0])
-                print(f"{image}: {', '.join(answer)}", flush=True)
-            if explain: print(f"pictures are in {a.explain}")
+                answer = [(" ".join(label.split()), f"{p:.1%}")
+                          for label, p in classify(model, image, a.topk)[0]]
+                if a.explain: _write_picture(picture, model, image, *answer[0])
+                print(f"{image}: {', '.join(map(' '.join, answer))}", flush=True)
+            if a.explain: print(f"pictures are in {a.explain}")
         except RuntimeError as e:
             if not re.search("CUDA|memory", str(e)): raise
             raise OSError(f"cannot work on {device}: {_first_line(e)}; "

@@ -138,7 +138,7 @@ _CIFAR = dict(
 _IMAGENET = dict(dataset="imagefolder", val_fraction=0., rand_augment=9.,
                  random_erasing=.25, checkpoint_steps=500)
 
-PRESETS = {
+PRESETS = {  # name -> fields of TrainConfig
     "digits": {},
     "cifar10-fast": _CIFAR | dict(epochs=16),
     "cifar10": _CIFAR | dict(epochs=50, cutout=8, dims="96,192,384", ema_decay=.999),

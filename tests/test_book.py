@@ -32,7 +32,7 @@ spec.loader.exec_module(book)
 def copy(tmp_path_factory):
     "A copy of the project, for commands that write into it."
     path = tmp_path_factory.mktemp("copy") / "convnext_nb"
-    left_out = ".venv", ".git", "runs", "data", "*.egg-info", "__pycache__", "_proc", "_site"
+    left_out = ".venv .git runs data build *.egg-info __pycache__ _proc _site".split()
     shutil.copytree(ROOT, path, ignore=shutil.ignore_patterns(*left_out))
     return path
 
@@ -113,6 +113,13 @@ def test_chapter(path):
             assert re.search(r"^(if|else)\b", source, re.M) and "left out" in source
 
 
+def test_usage_installs_itself_on_colab():
+    path = ROOT / "nbs" / "usage.ipynb"
+    nb = nbformat.read(path, as_version=4)
+    assert nb == book.chapter(path, get_config(path=ROOT)), "run `make export`"
+    assert nb.cells[1].source.startswith(book.BADGE) and nb.cells[2].source.startswith(book.COLAB)
+
+
 def test_cells_hold_one_idea():
     lines = [[line for line in c.source.splitlines() if line.strip() and not line.startswith("#|")]
              for path in NOTEBOOKS for c in code_cells(path)]
@@ -129,11 +136,11 @@ def test_modules_are_short(name):
 def documented(name, f):
     "The functions to describe in a public name: itself, or a class's constructor and methods."
     if not inspect.isclass(f) or dataclasses.is_dataclass(f): yield name, f
-    if inspect.isclass(f):
-        for key, method in vars(f).items():
-            public = not key.startswith("_")
-            if key == "__init__": public = not dataclasses.is_dataclass(f)
-            if public and inspect.isfunction(method): yield f"{name}.{key}", method
+    if not inspect.isclass(f): return
+    for key, method in inspect.getmembers(f, inspect.isfunction):
+        public = not key.startswith("_") or key == "__init__" and not dataclasses.is_dataclass(f)
+        ours = method.__module__.startswith("convnext_nb")
+        if public and ours: yield f"{name}.{key}", method
 
 
 def comments(f):
@@ -157,11 +164,14 @@ def raised(f):
 def test_public_names_are_documented(name):
     "A docstring, a comment beside each parameter, and the errors by name."
     module = importlib.import_module(f"convnext_nb.{name}")
-    missing = []
+    source, missing = inspect.getsource(module), []
     for public_name in module.__all__:
         public = getattr(module, public_name)
         public = getattr(public, "_init_fn", public)  # a custom operation
-        if not callable(public): continue
+        if not callable(public):  # a comment above or beside it
+            told = rf"^# (?!%%).*\n{public_name} = |^{public_name} = .*  # "
+            if not re.search(told, source, re.M): missing.append(public_name)
+            continue
         whole = inspect.getdoc(public) or ""
         for qualified, f in documented(public_name, public):
             doc = inspect.getdoc(f) or ""

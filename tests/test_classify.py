@@ -1,8 +1,9 @@
 "convnext-classify --explain, the command in a process of its own."
+import json
 from types import SimpleNamespace
 
 import pytest
-from helpers import Fresh, names, tree
+from helpers import Fresh, benchmark, names, tree
 from PIL import Image
 
 from convnext_nb.model import ConvNeXt
@@ -46,16 +47,36 @@ def test_pictures_beside_the_answers(given, tmp_path):
     assert len(pixels) == 4
 
 
-def test_a_folder_that_is_none(given, tmp_path):
-    "Refused before the weights are read, in one line; what was there stays."
-    (tmp_path / "file").write_text("mine")
+def test_pictures_replace_nothing(given, tmp_path):
+    "Neither the images nor the pictures of an earlier call: the next free number is taken."
     for name in ("cat", "cat_map"): Image.new("RGB", (40, 40)).save(tmp_path / f"{name}.png")
-    before = (tmp_path / "cat_map.png").read_bytes()
-    for place, message in [("file", "file is a file"), ("file/maps", "file is a file"),
-                           (".", "would replace")]:
-        p = classify(tmp_path / "cat.png", tmp_path / "cat_map.png", "--weights",
-                     given / "gone.safetensors", "--explain", tmp_path / place)
+    args = tmp_path / "cat.png", tmp_path / "cat_map.png", "--weights", given / "net.safetensors"
+    there = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    for new in ["cat_map2.png", "cat_map_map.png"], ["cat_map3.png", "cat_map_map2.png"]:
+        p = classify(*args, "--explain", tmp_path)
+        assert p.status == 0 and not p.err, p.err
+        assert names(tmp_path) == sorted([*there, *new])
+        for name, content in there.items(): assert (tmp_path / name).read_bytes() == content
+        there = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+
+
+def test_a_folder_that_is_none(given, tmp_path):
+    "Refused before the weights are read, in one line."
+    (tmp_path / "file").write_text("mine")
+    for place, message in [(tmp_path / "file", "file is a file"), ("", "--explain is empty"),
+                           (tmp_path / "file" / "maps", "file is a file")]:
+        p = classify(given / "cat", "--weights", given / "gone.safetensors", "--explain", place)
         assert p.status == 2 and p.err.count("\n") == 1 and not p.out, p.err
         assert p.err.startswith("convnext-classify: error: ") and message in p.err
-    assert names(tmp_path) == ["cat.png", "cat_map.png", "file"]
-    assert (tmp_path / "cat_map.png").read_bytes() == before
+    assert names(tmp_path) == ["file"] and (tmp_path / "file").read_text() == "mine"
+
+
+def test_benchmark_of_explanations(finished, benchmarks, tmp_path):
+    "benchmarks/explain.py on a run and a folder of classes."
+    images = tree(tmp_path, dict(test=2), (8, 8), classes=("0", "1"))
+    benchmark(benchmarks, "explain", finished, images / "test", "--n", 3, "--device", "cpu",
+              "--name", "tiny")
+    r = json.loads((benchmarks / "results" / "tiny.json").read_text())
+    assert len(r["settings"]) == 3 and r["result"]["epochs"] == 3
+    assert str(tmp_path) not in json.dumps(r) and " TREE/test " in r["command"]
+    with Image.open(benchmarks / "results" / "tiny.png") as picture: assert picture.width == 1000

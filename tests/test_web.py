@@ -1,4 +1,5 @@
 "The web edition and a chapter in JupyterLab, in a real browser: the system's Chromium."
+import html
 import os
 import re
 import shutil
@@ -17,7 +18,7 @@ from filelock import FileLock
 from helpers import ROOT
 from playwright.sync_api import expect, sync_playwright
 
-CHAPTER = ROOT / "nbs" / "00_blocks.ipynb"
+CHAPTERS = sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))
 NAMES = "chromium", "chromium-browser", "google-chrome"
 CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
 browser_test = pytest.mark.skipif(not CHROMIUM, reason="needs Chromium: apt-get install chromium")
@@ -37,9 +38,11 @@ def site(tmp_path_factory):
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "site"
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
-            command = [sys.executable, "book/build.py", folder]
+            half = folder.with_name("half a site")
+            command = [sys.executable, "book/build.py", half]
             p = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
             assert p.returncode == 0 and "WARNING" not in p.stderr, p.stderr
+            half.rename(folder)
     return folder
 
 
@@ -75,13 +78,27 @@ def every(page, selector, value):
 
 
 def test_every_chapter_module_and_result_has_a_page(site):
-    chapters = sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))
     results = (ROOT / "benchmarks" / "results").glob("*.json")
-    pages = [f"nbs/{p.stem}" for p in chapters] + [f"results/{p.stem}" for p in results]
-    pages += [f"api/{p.stem.partition('_')[2]}" for p in chapters]
+    pages = [f"nbs/{p.stem}" for p in CHAPTERS] + [f"results/{p.stem}" for p in results]
+    pages += [f"api/{p.stem.partition('_')[2]}" for p in CHAPTERS]
     for name in [*pages, "index", "nbs/usage", "nbs/glossary", "CONTRIBUTING", "CHANGELOG"]:
-        text = (site / f"{name}.html").read_text()
-        assert "#| " not in text, f"{name} shows a directive"
+        assert (site / f"{name}.html").exists()
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.name)
+def test_a_chapter_shows_what_it_should(site, path):
+    page = (site / "nbs" / f"{path.stem}.html").read_text()
+    body = page[page.index("<article"):page.index("</article>")]
+    assert "#| " not in html.unescape(re.sub(r"<[^>]*>", "", body)), "a directive"
+    assert "get_ipython" not in body and "colab-badge" not in body, "a hidden cell"
+    sources = [c.source for c in nbformat.read(path, 4).cells if c.cell_type == "code"]
+    exported = sum(bool(re.search(r"^#\| exporti?$", source, re.M)) for source in sources
+                   if not re.search(r"^#\| hide$", source, re.M))
+    assert body.count("tag_exported") == exported > 1
+    answers = re.findall(r"<details[^>]*>", body)
+    assert len(answers) == 3 and not any("open" in tag for tag in answers)
+    badge = next(c.source for c in nbformat.read(path, 4).cells if "colab-badge" in c.source)
+    assert f'href="{badge[badge.rindex("(") + 1:-1]}"' in page, "the button that opens Colab"
 
 
 @browser_test
@@ -97,6 +114,9 @@ def test_every_page_opens_and_every_link_leads_somewhere(browser, site, address)
                 if wide > width: problems.append(f"{name}: {wide} pixels wide of {width}")
             problems += [f"{name}: {text}" for text in wrong]
             anchors[name] = set(every(page, "[id]", "e.id"))
+            loaded = every(page, "img, script[src], link[rel=stylesheet]", "e.src || e.href")
+            problems += [f"{name} loads {u}" for u in loaded if not u.startswith(address)]
+            if name.startswith("nbs/0"): assert page.locator("button.copybtn").count() > 20
             links |= {(name, u) for u in every(page, "a[href], link[href], img, script[src]",
                                                "e.href || e.src")}
     for name, url in sorted(links):
@@ -134,7 +154,7 @@ def test_api_page_shows_parameters(browser, address):
 @pytest.fixture
 def lab(tmp_path):
     "JupyterLab on a folder with chapter 00; its address."
-    shutil.copy(CHAPTER, tmp_path)
+    shutil.copy(CHAPTERS[0], tmp_path)
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--port=0",
                "--ServerApp.ip=127.0.0.1", "--IdentityProvider.token=",
                f"--notebook-dir={tmp_path}"]
@@ -151,7 +171,7 @@ def lab(tmp_path):
 @browser_test
 def test_run_all_in_jupyterlab(browser, lab, tmp_path):
     "As a reader runs chapter 00: opened in JupyterLab, Run All, no error, every cell run."
-    with opened(browser, f"{lab}/tree/{CHAPTER.name}") as (page, _):
+    with opened(browser, f"{lab}/tree/{CHAPTERS[0].name}") as (page, _):
         expect(page.get_by_text("| Idle")).to_be_visible(timeout=60_000)
         page.locator(".jp-Notebook").click()
         page.locator(".lm-MenuBar-itemLabel", has_text="Run").click()
@@ -161,7 +181,7 @@ def test_run_all_in_jupyterlab(browser, lab, tmp_path):
             assert time.monotonic() < end, "the last cell was not reached"
             page.wait_for_timeout(1000)
             page.keyboard.press("Control+s")
-            saved = nbformat.read(tmp_path / CHAPTER.name, as_version=4)
+            saved = nbformat.read(tmp_path / CHAPTERS[0].name, as_version=4)
             code = [c for c in saved.cells if c.cell_type == "code"]
         assert not errors(code)
         assert all(c.execution_count for c in code if c.source)
