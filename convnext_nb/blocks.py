@@ -129,10 +129,12 @@ class ConvNeXtBlock(nn.Module):
 
 # %% ../nbs/00_blocks.ipynb #76c1d55b
 def randomize(
-    module: nn.Module,  # changed in place
-    seed: int = 0,      # the same seed, the same weights
-) -> nn.Module:         # `module`
-    "Random weights of ordinary size in every parameter, gamma included: for tests."
+    module: nn.Module,  # on a CPU; its parameters are changed in place
+    seed: int = 0,      # of the random numbers: the same seed, the same weights
+) -> nn.Module:         # `module` itself
+    """Random weights of ordinary size in every parameter, gamma included: for tests.
+
+    Deviation .3 in vectors, 1 / sqrt(fan-in) in matrices and kernels."""
     g = torch.Generator().manual_seed(seed)
     for p in module.parameters():
         std = .3 if p.ndim == 1 else p[0].numel() ** -.5

@@ -648,13 +648,13 @@ def _classify_parser():
 
 # %% ../nbs/04_pretrained.ipynb #778de52f
 def _picture_paths(images, folder):
-    "A free path in `folder` for the picture of each image; an error if it can't be there."
+    "A free path in `folder` for each image's picture; an error if it can't be there."
     there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     why = "is a file" if there.is_file() else "can't be written to"
     if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)): raise OSError(
         f"no pictures can be put into {folder}: {there} {why}; pass another folder")
     taken = {n.lower() for n in (os.listdir(folder) if folder == there else ())}
-    paths, numbers = [], defaultdict(lambda: count(1))  # there are disks that ignore case
+    paths, numbers = [], defaultdict(lambda: count(1))  # some disks ignore case
     for stem in (Path(p).stem for p in images):
         names = (f"{stem}_map{n if n > 1 else ''}.png" for n in numbers[stem.lower()])
         paths.append(folder / next(n for n in names if n.lower() not in taken))
@@ -666,9 +666,9 @@ def _write_picture(path, model, image, label, probability):
     from matplotlib.figure import Figure
     fig = Figure(figsize=(6.4, 3.8), layout="constrained")
     draw_activation_map(model, image, axes := fig.subplots(1, 2))
-    legend = f"for {label} ({probability}): red speaks for it, blue against"
-    for ax, title in zip(axes, ("as the network sees it", legend)):
-        ax.set_title(textwrap.fill(title, 40), fontsize=10, parse_math=False)
+    answer = textwrap.fill(f"for {label} ({probability}):", 40)
+    titles = "as the network sees it", f"{answer}\nred speaks for it, blue against"
+    for ax, text in zip(axes, titles): ax.set_title(text, fontsize=10, parse_math=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
