@@ -35,10 +35,10 @@ from tqdm.auto import tqdm
 from .data import (
     DatasetInfo, all_reduce_any, create_loaders, from_rank0, mix_seed, pick_device,
     process_group, rank_and_world_size)
+from .formats import (
+    atomic_write, check_state_dict, read_file, unwrap_state_dict)
 from .model import ConvNeXt, count_params
-from .pretrained import (
-    atomic_write, check_state_dict, load_weights, one_line_errors, read_file,
-    save_weights, unwrap_state_dict)
+from .pretrained import load_weights, one_line_errors, save_weights
 from .train import (
     PRESETS, Run, TrainConfig, build_model, diagnose, evaluate, fit, lr_at, predict)
 
