@@ -381,11 +381,15 @@ def write_pages(folder):
 
 def main(site=ROOT / "_site"):
     "Write the site and return Sphinx's status."
-    with TemporaryDirectory() as folder:
-        write_pages(Path(folder))
-        shutil.rmtree(site, ignore_errors=True)
+    with TemporaryDirectory() as folder:  # myst-nb leaves a folder beside what it makes
+        pages, made = Path(folder, "pages"), Path(folder, "made")
+        pages.mkdir()
+        write_pages(pages)
         options = ["-q", "-W", "--keep-going", "-c", str(ROOT / "book")]
-        return build_main([*options, "-d", f"{folder}/.doctrees", folder, str(site)])
+        status = build_main([*options, "-d", f"{folder}/doctrees", str(pages), str(made)])
+        shutil.rmtree(site, ignore_errors=True)
+        if made.exists(): shutil.move(made, site)
+        return status
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ __all__ = ['FORMATS', 'VOCABULARY', 'first_line', 'atomic_write', 'is_safetensor
            'find_network', 'unwrap_state_dict', 'detect_format', 'convert_state_dict', 'infer_config', 'variant_name',
            'check_state_dict']
 
-# %% ../nbs/04_formats.ipynb #82be6621
+# %% ../nbs/04_formats.ipynb #5931bd4b
 import errno
 import math
 import os
@@ -29,7 +29,7 @@ from torch import nn
 
 from .model import VARIANTS
 
-# %% ../nbs/04_formats.ipynb #081308e4
+# %% ../nbs/04_formats.ipynb #50a2c33c
 def first_line(
     e: Exception,  # of any kind
 ) -> str:          # never empty
@@ -109,7 +109,7 @@ def read_file(path,  # written by safetensors or torch.save, whatever its suffix
     if isinstance(found, dict): return found
     raise ValueError(f"{path} holds a {type(found).__name__}, not a dict of tensors")
 
-# %% ../nbs/04_formats.ipynb #b6947b5a
+# %% ../nbs/04_formats.ipynb #4a03c6a0
 # whose names are known
 FORMATS = ("timm", "meta", "torchvision", "hf", "mmpretrain", "dinov3")
 _BLOCK = ("stages.{i}.blocks.{j}.", "stages.{i}.{j}.", "features.{b}.{j}.",
@@ -125,7 +125,7 @@ _BLOCK_PARTS = [  # what a library lacks is ""
 _BLOCK_ROWS = [[block + part if part else "" for block, part in zip(_BLOCK, parts)]
                for parts in _BLOCK_PARTS]
 
-# %% ../nbs/04_formats.ipynb #5e708949
+# %% ../nbs/04_formats.ipynb #bc0c916a
 VOCABULARY = [dict(zip(FORMATS, row)) for row in [  # format -> name, for each part
     ("stem.0", "downsample_layers.0.0", "features.0.0", "embeddings.patch_embeddings",
      "downsample_layers.0.0", "stages.0.downsample_layers.0"),
@@ -162,14 +162,14 @@ def rename_key(
         n, end = n | dict(i=i, d=2 * i, b=2 * i + 1), found[found.re.groups] or ""
         if row[source].format(**n) + end == key: return row[to].format(**n) + end
 
-# %% ../nbs/04_formats.ipynb #20c6d2c9
+# %% ../nbs/04_formats.ipynb #f82543e3
 def shorten_list(
     names: list,  # of any length
 ) -> str:         # "a, b, ... (200)"
     "The first two names and how many there are."
     return f"{', '.join(names[:2])}{', ...' if len(names) > 2 else ''} ({len(names)})"
 
-# %% ../nbs/04_formats.ipynb #e91ceffc
+# %% ../nbs/04_formats.ipynb #3a314452
 def _plain(key): return re.sub(r"(^|\.)(stem|stages)_(\d)\.", r"\1\2.\3.", key)
 
 def _dicts(state):
@@ -183,7 +183,7 @@ def _dicts(state):
                      if isinstance(v, torch.Tensor) and v.ndim}
         todo += [(f"{path}{k}/", v) for k, v in named.items() if isinstance(v, dict)]
 
-# %% ../nbs/04_formats.ipynb #2ab5b19a
+# %% ../nbs/04_formats.ipynb #000f8ec9
 @cache
 def _kernel_pattern(form):
     name = re.escape(VOCABULARY[3][form]) + r"\.weight"
@@ -200,7 +200,7 @@ def _networks(state, formats):
                 (with_stem if has_stem else found)[path, prefix] = f, tensors
     return with_stem or found
 
-# %% ../nbs/04_formats.ipynb #698f3c0b
+# %% ../nbs/04_formats.ipynb #a792d4ea
 def _averaged(where): return re.search(r"(?<![a-z])ema(?![a-z])", "".join(where), re.I)
 
 def _pick(state, source=None):
@@ -221,7 +221,7 @@ def _pick(state, source=None):
     ((_, prefix), (form, tensors)), = found.items()
     return prefix, form, tensors
 
-# %% ../nbs/04_formats.ipynb #e58a5177
+# %% ../nbs/04_formats.ipynb #8192f7a6
 def _branch(key, prefix):
     "Where a name leaves the way to the network: its first parts."
     parts = key.split(".")
@@ -247,7 +247,7 @@ def find_network(
     names = [k[:60] for k in rest][:9] + ["..."] * (len(rest) > 9)
     return form, ours, f"it holds more, left out: {', '.join(names)}" if names else ""
 
-# %% ../nbs/04_formats.ipynb #0dd9fcc3
+# %% ../nbs/04_formats.ipynb #ca9992c6
 def unwrap_state_dict(state: dict,  # what a file holds
 ) -> dict:  # name to tensor, in the vocabulary that the file has
     "The weights of the ConvNeXt in a dict, without prefixes; a ValueError if none is."
@@ -258,7 +258,7 @@ def detect_format(state: dict,  # name to tensor, wrapped or not
     "Whose names these are; a ValueError if nobody's."
     return find_network(state)[0]
 
-# %% ../nbs/04_formats.ipynb #81165fe0
+# %% ../nbs/04_formats.ipynb #d4f9146c
 def _to_timm_names(state, source):
     names = {k: rename_key(k, source, "timm") for k in state}
     extra = [k for k, name in names.items() if name is None]
@@ -273,7 +273,7 @@ def _reshape(key, v, to, as_convs):
     if re.search(r"mlp\.fc\d\.weight", key): shape = (*v.shape[:2], *[1, 1] * as_convs)
     return v.reshape(shape)
 
-# %% ../nbs/04_formats.ipynb #71278238
+# %% ../nbs/04_formats.ipynb #6b9b1e64
 def _check_writable(ours, to):
     "A ValueError if no network of `to` has these weights, which have timm's names."
     lacking = [k for k in ours if not rename_key(k, "timm", to)]
@@ -288,7 +288,7 @@ def _check_writable(ours, to):
     }.items():
         if it_is: raise ValueError(f"{to} has no network with {lack}")
 
-# %% ../nbs/04_formats.ipynb #13ffe222
+# %% ../nbs/04_formats.ipynb #1cce3d9b
 def convert_state_dict(
     state: dict,                 # name to tensor, wrapped or not
     to: str,                     # one of `FORMATS`
@@ -336,14 +336,14 @@ def infer_config(state: dict,  # name to tensor, with timm's names
     except (KeyError, ValueError, IndexError, ZeroDivisionError): raise ValueError(
         f"no ConvNeXt has such weights: {shorten_list(list(state))}") from None
 
-# %% ../nbs/04_formats.ipynb #e153b998
+# %% ../nbs/04_formats.ipynb #20bfc670
 def variant_name(config: dict,  # arguments of `ConvNeXt`
 ) -> str:                       # one of `list_models()`, or "custom"
     "Which variant has such depths, widths and blocks."
     def key(c): return c["depths"], c["dims"], c.get("use_grn", False)
     return next((n for n, v in VARIANTS.items() if key(v) == key(config)), "custom")
 
-# %% ../nbs/04_formats.ipynb #fefca9ae
+# %% ../nbs/04_formats.ipynb #6c5c0400
 def _variant_hint(state):
     try: name = variant_name(infer_config(state))
     except ValueError: return ""

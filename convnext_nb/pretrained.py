@@ -6,7 +6,7 @@
 __all__ = ['IMAGE_SUFFIXES', 'resample_stem', 'load_weights', 'preprocessing', 'save_weights', 'load_model', 'find_images',
            'classify', 'draw_activation_map', 'one_line_errors', 'main']
 
-# %% ../nbs/04_pretrained.ipynb #df3f8189
+# %% ../nbs/04_pretrained.ipynb #8cf26a70
 import hashlib
 import json
 import logging
@@ -27,7 +27,7 @@ from itertools import count
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-# %% ../nbs/04_pretrained.ipynb #b465c176
+# %% ../nbs/04_pretrained.ipynb #3a75d618
 import torch
 from PIL import Image
 from safetensors import safe_open
@@ -109,7 +109,7 @@ def _torchvision_cfg(state):
                 crop_pct=t.crop_size[0] / t.resize_size[0],
                 interpolation=t.interpolation.value)
 
-# %% ../nbs/04_pretrained.ipynb #01c4bf39
+# %% ../nbs/04_pretrained.ipynb #fa79df87
 _WEIGHTS = [f"{stem}{end}" for stem, end in [
     ("model", ".safetensors"), ("pytorch_model", ".bin"), ("best", ".safetensors"),
     ("open_clip_model", ".safetensors"), ("open_clip_pytorch_model", ".bin")]]
@@ -136,7 +136,7 @@ def _weight_files(folder):
             f"{folder / name}.index.json names {n!r}, which is no file beside it")
     return [folder / n for n in dict.fromkeys(names)]
 
-# %% ../nbs/04_pretrained.ipynb #2aa530f7
+# %% ../nbs/04_pretrained.ipynb #71d7a17b
 def _config_cfg(config, path):
     "What transformers' or timm's config.json says of a network, as a `pretrained_cfg`."
     if isinstance(cfg := config.get("pretrained_cfg"), dict):
@@ -153,7 +153,7 @@ def _config_cfg(config, path):
     if names != [f"LABEL_{i}" for i in range(len(names))]: cfg["label_names"] = names
     return cfg
 
-# %% ../nbs/04_pretrained.ipynb #fff456ad
+# %% ../nbs/04_pretrained.ipynb #4e772a1e
 _PIL = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # as PIL numbers them
 
 def _sides(size):
@@ -179,7 +179,7 @@ def _processor_cfg(images, in_chans):
         std=images.get("image_std"), crop_mode="squash" if squash else "center",
         interpolation=_PIL[images["resample"]] if "resample" in images else None)
 
-# %% ../nbs/04_pretrained.ipynb #96ac7939
+# %% ../nbs/04_pretrained.ipynb #a88850df
 def _read_folder(folder):
     "The tensors of a folder's files, and what it says of the images."
     state, files = {}, _weight_files(folder)
@@ -238,7 +238,7 @@ def _read_tag(tag):
     eps = next(m.eps for m in net.modules() if hasattr(m, "eps"))
     return net.state_dict(), _check_cfg(net.pretrained_cfg | dict(norm_eps=eps), tag)
 
-# %% ../nbs/04_pretrained.ipynb #57d7e1fa
+# %% ../nbs/04_pretrained.ipynb #e42824ab
 def _get_repository(name):
     "The folder, in the hub's cache, of a repository's configurations and weights."
     from huggingface_hub import snapshot_download
@@ -253,7 +253,7 @@ def _get_repository(name):
             with suppress(FileNotFoundError): return _weight_files(folder) and folder
         raise FileNotFoundError(f"it has no {_WEIGHTS[0]}")
 
-# %% ../nbs/04_pretrained.ipynb #0545cd20
+# %% ../nbs/04_pretrained.ipynb #3b402a56
 def _download(url):
     "The file of an address, from torch.hub's cache or downloaded into it."
     if not url.startswith("https://"): raise ValueError(
@@ -273,7 +273,7 @@ def _download(url):
                       "pass a file") from None
     return path
 
-# %% ../nbs/04_pretrained.ipynb #2ab36f55
+# %% ../nbs/04_pretrained.ipynb #b977ea0a
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
 
@@ -392,7 +392,7 @@ def load_weights(
     _load_into(net, *_read_source(source), source, num_classes)
     return model
 
-# %% ../nbs/04_pretrained.ipynb #3c38a1da
+# %% ../nbs/04_pretrained.ipynb #5b942432
 def _image_cfg(model):
     "timm's data configuration for the model: size, crop, interpolation, mean, std."
     from timm.data import resolve_data_config
@@ -408,7 +408,7 @@ def preprocessing(model: ConvNeXt):  # `pretrained_cfg` says how images are prep
     from timm.data import create_transform
     return create_transform(**_image_cfg(model), is_training=False)
 
-# %% ../nbs/04_pretrained.ipynb #4d52d22e
+# %% ../nbs/04_pretrained.ipynb #aef7157d
 def _hf_config(model, cfg):
     "config.json of transformers' network with these weights; a ValueError if none is."
     c = infer_config(model.state_dict())
@@ -429,7 +429,7 @@ def _hf_config(model, cfg):
         image_size=_image_cfg(model)["input_size"][1],
         id2label=dict(enumerate(names)), label2id={n: i for i, n in enumerate(names)})
 
-# %% ../nbs/04_pretrained.ipynb #b2bb1ba8
+# %% ../nbs/04_pretrained.ipynb #ff05bdf4
 def _hf_processor(model):
     "preprocessor_config.json: how transformers prepares the model's images."
     cfg = _image_cfg(model)
@@ -445,7 +445,7 @@ def _hf_processor(model):
         do_resize=True, do_rescale=True, do_normalize=True, image_mean=cfg["mean"],
         image_std=cfg["std"], do_convert_rgb=model.in_chans == 3)
 
-# %% ../nbs/04_pretrained.ipynb #0da13b45
+# %% ../nbs/04_pretrained.ipynb #d57d9091
 def _write_json(path, what): path.write_text(json.dumps(what, indent=2))
 
 def _hf_files(model, cfg):
