@@ -68,14 +68,14 @@ def _check_images(x, in_chans, stride):
 
 # %% ../nbs/01_model.ipynb #dec4c043
 def _stage_indices(indices, n):
-    "Which of `n` stages `indices` means: a set of numbers from 0."
+    "Which of `n` stages `indices` means: numbers from 0, in order."
     taken = range(n) if indices is None else indices
     if isinstance(taken, int): taken = range(-taken, 0)
     if not taken or not all(-n <= i < n for i in taken):
         raise ValueError(f"indices is {indices}; this network has {n} stages: "
                          f"give 1 to {n} for the last ones, "
                          f"or a list of stages from {-n} to {n - 1}")
-    return {i % n for i in taken}
+    return sorted({i % n for i in taken})
 
 # %% ../nbs/01_model.ipynb #66de1820
 class _Backbone(nn.Module):
@@ -84,7 +84,8 @@ class _Backbone(nn.Module):
                  **block_kwargs):
         super().__init__()
         stages = _make_stages(depths, dims, drop_path_rate, norm_eps, **block_kwargs)
-        self.in_chans, self.num_features = in_chans, dims[-1]
+        self.in_chans = in_chans
+        self.num_features = self.head_hidden_size = dims[-1]  # timm has both names
         self.stem, self.stages = Stem(in_chans, dims[0], patch_size, norm_eps), stages
         self.feature_info = [
             dict(num_chs=d, reduction=patch_size * 2**i, module=f"stages.{i}")
@@ -107,17 +108,22 @@ class _Intermediates(_Backbone):
         x: torch.Tensor,  # (N, in_chans, H, W), H and W of at least the stride
         # how many of the last stages, or a list of stages (-1: the last); None: all
         indices: int | list | None = None,
-        intermediates_only: bool = False,  # the list alone; no later stage runs
+        norm: bool = False,          # changes nothing: no norm follows the last stage
+        stop_early: bool = False,    # run no stage after the last one chosen
+        output_fmt: str = "NCHW",    # layout of the maps, the only one
+        intermediates_only: bool = False,  # the list alone; it stops early too
     ) -> tuple | list:  # last map, and list of maps (N, num_chs, H / r, W / r)
-        """The last stage's map and those of chosen stages; r: `reduction` of a stage.
+        """The map of the last stage run and those of chosen stages; r: its `reduction`.
 
-        ValueError for images that do not fit, or stages that there are not."""
+        ValueError for images that do not fit, missing stages, or another layout."""
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt is {output_fmt!r}; the maps come as 'NCHW'")
         taken, maps, x = _stage_indices(indices, len(self.stages)), [], self._embed(x)
         for i, stage in enumerate(self.stages):
             x = stage(x)
             if i in taken: maps.append(x)
-            if intermediates_only and i == max(taken): return maps
-        return x, maps
+            if (stop_early or intermediates_only) and i == taken[-1]: break
+        return maps if intermediates_only else (x, maps)
 
 # %% ../nbs/01_model.ipynb #2ca799db
 def _init_weights(m):
@@ -129,37 +135,77 @@ def _init_weights(m):
 # %% ../nbs/01_model.ipynb #29f0699f
 class _Classifier(_Intermediates):
     "A backbone and its head: mean over the pixels, norm, linear layer."
+    global_pool = "avg"  # "": no mean, the head gives a map
+
     def forward_head(self,
         x: torch.Tensor,           # (N, dims[-1], h, w), the last stage's map
         pre_logits: bool = False,  # leave the linear layer out
     ) -> torch.Tensor:             # (N, num_classes); with `pre_logits` (N, dims[-1])
-        "Logits of the last stage's map, or the pooled and normalized features."
-        x = self.head.norm(x.mean((-2, -1)))         # (N, dims[-1])
-        return x if pre_logits else self.head.fc(x)  # (N, num_classes)
+        """Logits of the last stage's map, or the pooled and normalized features.
+
+        (N, num_classes, h, w) or (N, dims[-1], h, w) where `global_pool` is ""."""
+        x = x.mean((-2, -1)) if self.global_pool else x.movedim(1, -1)
+        x = self.head.norm(x)                   # (N, dims[-1]), or (N, h, w, dims[-1])
+        if not pre_logits: x = self.head.fc(x)  # the same, with num_classes
+        return x if self.global_pool else x.movedim(-1, 1)
 
     def forward(self,
         x: torch.Tensor,  # (N, in_chans, H, W), H and W of at least the stride
-    ) -> torch.Tensor:    # (N, num_classes); without classes (N, dims[-1])
-        "Logits of images; ValueError for images that do not fit."
+    ) -> torch.Tensor:    # (N, num_classes), or a map, as `forward_head` gives it
+        "Logits of images, or features; ValueError for images that do not fit."
         return self.forward_head(self.forward_features(x))
 
-    def get_classifier(self) -> nn.Module:  # (N, dims[-1]) -> (N, num_classes)
+    def get_classifier(self) -> nn.Module:  # (..., dims[-1]) -> (..., num_classes)
         "The last layer: a Linear, or an Identity where there are no classes."
         return self.head.fc
 
 # %% ../nbs/01_model.ipynb #7be95f13
-class _Trainable(_Classifier):
-    "A classifier with the methods that timm's training code calls."
+class _Adaptable(_Classifier):
+    "A classifier whose last layer and pooling can be exchanged."
     def reset_classifier(self,
         num_classes: int,  # outputs of the new layer; 0: none, the features come out
+        # "avg": the mean over the pixels; "": maps come out; None: as it was
+        global_pool: str | None = None,
     ):
-        "Put a fresh last layer in, with the device and dtype of the one before."
-        self.num_classes, weight = num_classes, self.head.norm.weight
+        """Put a fresh last layer in, with the device and dtype of the one before.
+
+        ValueError for another `global_pool`."""
+        if global_pool not in ("avg", "", None):
+            raise ValueError(f"global_pool is {global_pool!r}; give 'avg' for the mean "
+                             "over the pixels, or '' for maps")
+        if global_pool is not None: self.global_pool = global_pool
+        *_, weight = *self.stages.parameters(), *self.head.norm.parameters()
         like = dict(device=weight.device, dtype=weight.dtype)
+        self.num_classes = num_classes
         fc = nn.Identity()
         if num_classes: fc = nn.Linear(self.num_features, num_classes, **like)
         self.head.fc = fc.apply(_init_weights)
 
+# %% ../nbs/01_model.ipynb #7ea148dc
+class _Prunable(_Adaptable):
+    "A classifier whose last stages can be cut off."
+    def prune_intermediate_layers(self,
+        # how many of the last stages, or a list of stages (-1: the last); None: all
+        indices: int | list | None = 1,
+        prune_norm: bool = False,  # changes nothing: no norm follows the last stage
+        prune_head: bool = True,   # False: keep the head if no stage goes
+    ) -> list:                     # the stages chosen, numbers from 0
+        """Drop every stage after the last one chosen, and the head: maps come out.
+
+        ValueError for missing stages."""
+        n = len(self.stages)
+        taken = _stage_indices(indices, n)
+        kept = taken[-1] + 1
+        del self.stages[kept:], self.feature_info[kept:]
+        self.num_features = self.head_hidden_size = self.feature_info[-1]["num_chs"]
+        if prune_head or kept < n:
+            self.head.norm = nn.Identity()
+            self.reset_classifier(0, "")
+        return taken
+
+# %% ../nbs/01_model.ipynb #0a59ff61
+class _Trainable(_Prunable):
+    "A classifier with the methods that timm's training code calls."
     def group_matcher(self,
         coarse: bool = False,  # a group for each stage, or else for each block
     ) -> dict:                 # group -> regular expressions on parameters' names
@@ -178,10 +224,12 @@ class _Trainable(_Classifier):
 class ConvNeXt(_Trainable):
     """ConvNeXt (Liu et al. 2022): (N, in_chans, H, W) -> logits (N, num_classes).
 
-    ValueError for depths and dims of different number, or images that do not fit."""
+    ValueError for depths and dims of different number, another `global_pool`, or
+    images that do not fit."""
     def __init__(self,
         in_chans: int = 3,                  # channels of the image
         num_classes: int = 1000,            # logits; 0: no classifier, pooled features
+        global_pool: str = "avg",           # mean over the pixels; "": maps come out
         depths: tuple = (3, 3, 9, 3),       # blocks in each stage
         dims: tuple = (96, 192, 384, 768),  # channels in each stage
         patch_size: int = 4,                # stem's kernel and stride; 2 or 1 for 32x32
@@ -193,12 +241,11 @@ class ConvNeXt(_Trainable):
         use_grn: bool = False,              # GRN in every block (V2)
         norm_eps: float = 1e-6,             # LayerNorm's eps
     ):
-        block = dict(kernel_size=kernel_size, mlp_ratio=mlp_ratio,
-                     ls_init_value=ls_init_value, use_grn=use_grn)
-        stages = in_chans, depths, dims, patch_size, drop_path_rate, norm_eps
-        super().__init__(*stages, **block)
+        super().__init__(in_chans, depths, dims, patch_size, drop_path_rate, norm_eps,
+                         kernel_size=kernel_size, mlp_ratio=mlp_ratio,
+                         ls_init_value=ls_init_value, use_grn=use_grn)
         self.head = nn.Sequential(OrderedDict(norm=nn.LayerNorm(dims[-1], norm_eps)))
-        self.reset_classifier(num_classes)
+        self.reset_classifier(num_classes, global_pool)
         self.apply(_init_weights)
         if num_classes: self.head.fc.weight.data.mul_(head_init_scale)
 
@@ -381,8 +428,11 @@ def class_activation_map(
     The norm's mean and deviation are those of the pooled vector, held fixed.
     ValueError without a classifier, or for images or classes that do not fit."""
     norm, fc = model.head.norm, model.get_classifier()
-    if not isinstance(fc, nn.Linear):
-        raise ValueError("the model has no classifier; reset_classifier makes one")
+    layers = isinstance(norm, nn.LayerNorm) and isinstance(fc, nn.Linear)
+    if not layers or not model.global_pool:
+        raise ValueError("the model has no classifier (mean, norm, linear layer); "
+                         "reset_classifier(num_classes, 'avg') makes one, "
+                         "unless the network was pruned")
     maps = model.forward_features(images)                    # (N, C, h, w)
     if classes is None: classes = model.forward_head(maps).argmax(-1)
     classes = _class_indices(classes, len(maps), fc.out_features, maps.device)
