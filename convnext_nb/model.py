@@ -173,13 +173,12 @@ class _Adaptable(_Classifier):
         if global_pool not in ("avg", "", None):
             raise ValueError(f"global_pool is {global_pool!r}; give 'avg' for the mean "
                              "over the pixels, or '' for maps")
-        if global_pool is not None: self.global_pool = global_pool
         *_, weight = *self.stages.parameters(), *self.head.norm.parameters()
         like = dict(device=weight.device, dtype=weight.dtype)
-        self.num_classes = num_classes
         fc = nn.Identity()
         if num_classes: fc = nn.Linear(self.num_features, num_classes, **like)
-        self.head.fc = fc.apply(_init_weights)
+        self.num_classes, self.head.fc = num_classes, fc.apply(_init_weights)
+        if global_pool is not None: self.global_pool = global_pool
 
 # %% ../nbs/01_model.ipynb #7ea148dc
 class _Prunable(_Adaptable):
