@@ -7,7 +7,7 @@ __all__ = ['FORMATS', 'VOCABULARY', 'first_line', 'printable', 'atomic_write', '
            'shorten_list', 'find_network', 'unwrap_state_dict', 'detect_format', 'check_dense', 'convert_state_dict',
            'infer_config', 'variant_name', 'check_state_dict', 'resample_stem']
 
-# %% ../nbs/04_formats.ipynb #6f74de47
+# %% ../nbs/04_formats.ipynb #ce30f619
 import errno
 import math
 import os
@@ -29,7 +29,7 @@ from torch import nn
 
 from .model import VARIANTS
 
-# %% ../nbs/04_formats.ipynb #3a75ac9d
+# %% ../nbs/04_formats.ipynb #fb8f2e92
 def first_line(
     e: Exception,  # of any kind
 ) -> str:          # never empty
@@ -118,7 +118,7 @@ def read_file(path,  # written by safetensors or torch.save, whatever its suffix
     if isinstance(found, dict): return found
     raise ValueError(f"{path} holds a {type(found).__name__}, not a dict of tensors")
 
-# %% ../nbs/04_formats.ipynb #154f8cf4
+# %% ../nbs/04_formats.ipynb #42fa876f
 # whose names are known
 FORMATS = ("timm", "meta", "torchvision", "hf", "mmpretrain", "dinov3")
 _BLOCK = ("stages.{i}.blocks.{j}.", "stages.{i}.{j}.", "features.{b}.{j}.",
@@ -134,7 +134,7 @@ _BLOCK_PARTS = [  # what a library lacks is ""
 _BLOCK_ROWS = [[block + part if part else "" for block, part in zip(_BLOCK, parts)]
                for parts in _BLOCK_PARTS]
 
-# %% ../nbs/04_formats.ipynb #7564d6f6
+# %% ../nbs/04_formats.ipynb #755bc192
 VOCABULARY = [dict(zip(FORMATS, row)) for row in [  # format -> name, for each part
     ("stem.0", "downsample_layers.0.0", "features.0.0", "embeddings.patch_embeddings",
      "downsample_layers.0.0", "stages.0.downsample_layers.0"),
@@ -172,7 +172,7 @@ def rename_key(
         n, end = n | dict(i=i, d=2 * i, b=2 * i + 1), found[found.re.groups] or ""
         if row[source].format(**n) + end == key: return row[to].format(**n) + end
 
-# %% ../nbs/04_formats.ipynb #f89d30be
+# %% ../nbs/04_formats.ipynb #7c8ab63d
 def shorten_list(
     names: list,  # of any length
 ) -> str:         # "a, b, ... (200)"
@@ -180,7 +180,7 @@ def shorten_list(
     shown = ", ".join(map(printable, names[:2]))
     return f"{shown}{', ...' if len(names) > 2 else ''} ({len(names)})"
 
-# %% ../nbs/04_formats.ipynb #0bd0636b
+# %% ../nbs/04_formats.ipynb #c68db5f5
 def _plain(key):
     key = re.sub(r"(^|\.)(stem|stages)_(\d)\.", r"\1\2.\3.", key)
     wrapped = r"(?<=\d\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
@@ -198,7 +198,7 @@ def _dicts(state):
                      if v.ndim or v.is_floating_point()}  # no counters
         todo += [(f"{path}{k}/", v) for k, v in named.items() if isinstance(v, dict)]
 
-# %% ../nbs/04_formats.ipynb #a644e018
+# %% ../nbs/04_formats.ipynb #4b0debcf
 @cache
 def _kernel_pattern(form):
     name = re.escape(_KERNEL[form]) + r"\.weight"
@@ -215,7 +215,7 @@ def _networks(state, formats):
                 (with_stem if has_stem else found)[path, prefix, f] = tensors
     return with_stem or found
 
-# %% ../nbs/04_formats.ipynb #cf53b96e
+# %% ../nbs/04_formats.ipynb #9f1294de
 def _averaged(where):
     return re.search(r"(?<![a-z])ema(?![a-z])", where[0] + where[1], re.I)
 
@@ -237,14 +237,14 @@ def _pick(state, source=None):
     ((_, prefix, form), tensors), = found.items()
     return prefix, form, tensors
 
-# %% ../nbs/04_formats.ipynb #0abad94a
+# %% ../nbs/04_formats.ipynb #ed1b221f
 def _branch(key, prefix):
     "Where a name leaves the way to the network: its first parts."
     parts = key.split(".")
     shared = os.path.commonprefix([parts, prefix.split(".")])
     return ".".join(parts[:len(shared) + 1])
 
-# %% ../nbs/04_formats.ipynb #a33eca23
+# %% ../nbs/04_formats.ipynb #ddc32a4d
 def _has_linear_head(ours, form):
     "Is what has the last layer's name a linear layer with a bias, or nothing?"
     name = f"{_LAST[form] or '?'}."
@@ -255,7 +255,7 @@ def _has_linear_head(ours, form):
     if last or weight is None or bias is None or weight.ndim != 2: return False
     return norm is None or weight.shape[1] == len(norm)
 
-# %% ../nbs/04_formats.ipynb #d3267903
+# %% ../nbs/04_formats.ipynb #4fe2854c
 def find_network(
     state: dict,                # what a file holds: tensors by name, in dicts or not
     source: str | None = None,  # one of `FORMATS`; None: whichever fits
@@ -278,7 +278,7 @@ def find_network(
     names = [printable(k) for k in rest][:9] + ["..."] * (len(rest) > 9)
     return form, ours, f"it holds more, left out: {', '.join(names)}" if names else ""
 
-# %% ../nbs/04_formats.ipynb #cd8e1b7f
+# %% ../nbs/04_formats.ipynb #20cc994f
 def unwrap_state_dict(state: dict,  # what a file holds
 ) -> dict:  # name to tensor, in the vocabulary that the file has
     "The weights of the ConvNeXt in a dict, without prefixes; a ValueError if none is."
@@ -289,7 +289,7 @@ def detect_format(state: dict,  # name to tensor, wrapped or not
     "Whose names these are; a ValueError if nobody's."
     return find_network(state)[0]
 
-# %% ../nbs/04_formats.ipynb #d14b357b
+# %% ../nbs/04_formats.ipynb #de1970f3
 def check_dense(state: dict):  # name to tensor
     "A ValueError for a tensor that isn't made of ordinary numbers, all in memory."
     for k, v in state.items():
@@ -299,7 +299,7 @@ def check_dense(state: dict):  # name to tensor
         raise ValueError(f"{printable(k)} is no dense tensor of floating-point "
                          "numbers; get weights that are not quantized")
 
-# %% ../nbs/04_formats.ipynb #acbe1092
+# %% ../nbs/04_formats.ipynb #017c2a69
 def _to_timm_names(state, source):
     names = {k: rename_key(k, source, "timm") for k in state}
     extra = [k for k, name in names.items() if name is None]
@@ -314,7 +314,7 @@ def _reshape(key, v, to, as_convs):
     if re.search(r"mlp\.fc\d\.weight", key): shape = (*v.shape[:2], *[1, 1] * as_convs)
     return v.reshape(shape)
 
-# %% ../nbs/04_formats.ipynb #ec748eea
+# %% ../nbs/04_formats.ipynb #09228548
 def _check_writable(ours, to):
     "A ValueError if no network of `to` has these weights, which have timm's names."
     lacking = [k for k in ours if not rename_key(k, "timm", to)]
@@ -329,7 +329,7 @@ def _check_writable(ours, to):
     }.items():
         if it_is: raise ValueError(f"{to} has no network with {lack}")
 
-# %% ../nbs/04_formats.ipynb #1ab6d096
+# %% ../nbs/04_formats.ipynb #959ff6d5
 def convert_state_dict(
     state: dict,                 # name to tensor, wrapped or not
     to: str,                     # one of `FORMATS`
@@ -377,14 +377,14 @@ def infer_config(state: dict,  # name to tensor, with timm's names
     except (KeyError, ValueError, IndexError, ZeroDivisionError): raise ValueError(
         f"no ConvNeXt has such weights: {shorten_list(list(state))}") from None
 
-# %% ../nbs/04_formats.ipynb #05683903
+# %% ../nbs/04_formats.ipynb #bbcb196a
 def variant_name(config: dict,  # arguments of `ConvNeXt`
 ) -> str:                       # one of `list_models()`, or "custom"
     "Which variant has such depths, widths and blocks."
     def key(c): return c["depths"], c["dims"], c.get("use_grn", False)
     return next((n for n, v in VARIANTS.items() if key(v) == key(config)), "custom")
 
-# %% ../nbs/04_formats.ipynb #2a22e1b4
+# %% ../nbs/04_formats.ipynb #eba7060a
 def _variant_hint(state, model):
     both = state, model.state_dict()
     try: name, own = (variant_name(infer_config(s)) for s in both)
