@@ -193,6 +193,8 @@ def _dicts(state):
         if id(d) in seen: continue
         seen.add(id(d))
         named = {_plain(k): v for k, v in d.items() if isinstance(k, str)}
+        if len(named) < sum(isinstance(k, str) for k in d): raise ValueError(
+            "two of its names are one without what is wrapped around the blocks")
         tensors = {k: v for k, v in named.items() if isinstance(v, torch.Tensor)}
         yield path, {k: v.detach() for k, v in tensors.items()
                      if v.ndim or v.is_floating_point()}  # no counters
