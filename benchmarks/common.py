@@ -12,6 +12,7 @@ from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import replace
 from functools import cache
+from itertools import chain, count, islice
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -136,6 +137,23 @@ def train_on_cifar10(cfg, data_dir, fraction, model=None):
     start = time.perf_counter()
     fit(run, train_dl)
     return run, val_dl, time.perf_counter() - start
+
+
+class Steps:
+    "A training loader as one epoch of so many steps, over as many passes as they take."
+    def __init__(self, loader, steps):
+        self.loader, self.steps, self.info = loader, steps, loader.info
+        if not len(loader): raise ValueError("a batch is larger than the data set")
+
+    def set_epoch(self, epoch, start=0): pass  # there is one
+
+    def __iter__(self):
+        batches = chain.from_iterable(map(self.batches, count()))
+        return islice(batches, self.steps)
+
+    def batches(self, epoch):
+        self.loader.set_epoch(epoch)
+        yield from self.loader
 
 
 def run_study(a, name, settings, keys, wanted, train_one, summarize, describe):

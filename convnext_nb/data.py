@@ -62,6 +62,7 @@ class DataConfig:
     batch_size: int = 64        # images in a step, of all processes together
     val_fraction: float = .1    # share of the training images held out; 0: none
     augment: bool = True        # random crop, and flip where the classes allow it
+    max_shift: int | None = None  # small images: of the crop, in pixels; None: side / 8
     # small images: mirror each in every other epoch, not by chance (Jordan 2024)
     alternate_flip: bool = False
     rand_augment: float = 0.    # magnitude of RandAugment, 0 to 10; the paper: 9
@@ -363,7 +364,7 @@ def crop_indices(
     "Which rows and columns of its image each sample shows in the loader's epoch."
     n, side, cfg = loader.num_samples, loader.info.image_size, loader.cfg
     augment = loader.train and cfg.augment
-    reach = side // 8 if augment else 0
+    reach = min(side // 8 if cfg.max_shift is None else cfg.max_shift, side - 1)
     g = epoch_generator(cfg.seed, loader.epoch)
     torch.randperm(n, generator=g)  # the order, which comes first
     shift = torch.randint(-reach, reach + 1, (2, n), generator=g).to(loader.device)
@@ -371,7 +372,7 @@ def crop_indices(
     if cfg.alternate_flip:
         always = torch.Generator().manual_seed(mix_seed(cfg.seed))  # of no epoch
         flip = (torch.rand(n, 1, generator=always) < .5) ^ bool(loader.epoch % 2)
-    rows, cols = (reflect_index(s, side) for s in shift)
+    rows, cols = (reflect_index(s * augment, side) for s in shift)
     if augment and loader.info.hflip:
         cols = torch.where(flip.to(loader.device), cols.flip(1), cols)
     return rows, cols

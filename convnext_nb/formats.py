@@ -155,7 +155,7 @@ _BESIDE = dict(hf=("convnext.", "classifier"), mmpretrain=("backbone.", "head"),
 @cache
 def _pattern(template):
     numbers = re.sub(r"\\{(\w)\\}", r"(?P<\1>[0-9]{1,3})", re.escape(template))
-    return re.compile(numbers + r"(\.weight|\.bias)?")
+    return re.compile(numbers + r"(\.weight|\.bias|\.running_mean|\.running_var)?")
 
 def rename_key(
     key: str,       # such as "stages.0.blocks.0.conv_dw.weight"
@@ -325,6 +325,7 @@ def _check_writable(ours, to):
     xlarge = len(ours.get("stem.0.weight", ())) == 256
     for lack, it_is in {
         "a ConvNeXt V2": any(".grn." in k for k in lacking),
+        "BatchNorm": "stem.1.running_mean" in ours and to != "timm",
         "a classifier": "head.fc.weight" in ours and to == "dinov3",
         "a ConvNeXt-XL": xlarge and to == "torchvision",
         f"{len(stages)} stages": to == "mmpretrain" and norm and len(stages) != 4,
@@ -375,6 +376,7 @@ def infer_config(state: dict,  # name to tensor, with timm's names
             depths=tuple(depths[i] for i in stages), dims=dims,
             use_grn=f"{first}mlp.grn.weight" in state,
             ls_init_value=1e-6 if f"{first}gamma" in state else None,
+            norm_layer="batchnorm" if "stem.1.running_mean" in state else "layernorm",
             num_classes=len(state.get("head.fc.weight", ())))
     except (KeyError, ValueError, IndexError, ZeroDivisionError): raise ValueError(
         f"no ConvNeXt has such weights: {shorten_list(list(state))}") from None
@@ -407,7 +409,8 @@ def check_state_dict(
     shapes = shapes or {k: v.shape for k, v in model.state_dict().items()}
     state = {k: v.flatten(1) if ".mlp.fc" in k and v.shape[2:] == (1, 1) else v
              for k, v in state.items()}
-    differ = dict(missing=[k for k in shapes if k not in state],
+    missing = [k for k in shapes if k not in state and shapes[k] != ()]  # a counter
+    differ = dict(missing=missing,
                   unknown=[k for k in state if k not in shapes])
     differ["of another shape"] = [
         f"{k} {tuple(v.shape)} for {tuple(shapes[k])}"

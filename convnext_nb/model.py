@@ -19,7 +19,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from .blocks import ConvNeXtBlock, Downsample, Stem
+from .blocks import ConvNeXtBlock, Downsample, Stem, make_norm
 
 # %% ../nbs/01_model.ipynb #88533605
 class Stage(nn.Module):
@@ -28,13 +28,15 @@ class Stage(nn.Module):
         in_dim: int,             # channels in; None: no downsampling
         dim: int,                # channels out
         drop_path_rates: list,   # one rate for each block, so its length is the depth
-        norm_eps: float = 1e-6,  # LayerNorm's eps
+        norm_eps: float = 1e-6,  # the norm's eps
+        norm_layer: str = "layernorm",  # or "batchnorm"; another: ValueError
         **block_kwargs,          # to every `ConvNeXtBlock`
     ):
         super().__init__()
+        norm = dict(norm_eps=norm_eps, norm_layer=norm_layer)
         self.downsample = nn.Identity()
-        if in_dim is not None: self.downsample = Downsample(in_dim, dim, norm_eps)
-        blocks = [ConvNeXtBlock(dim, drop_path=p, norm_eps=norm_eps, **block_kwargs)
+        if in_dim is not None: self.downsample = Downsample(in_dim, dim, **norm)
+        blocks = [ConvNeXtBlock(dim, drop_path=p, **norm, **block_kwargs)
                   for p in drop_path_rates]
         self.blocks = nn.Sequential(*blocks)
         self.grad_checkpointing = False
@@ -47,7 +49,7 @@ class Stage(nn.Module):
         return x
 
 # %% ../nbs/01_model.ipynb #c637c4b1
-def _make_stages(depths, dims, drop_path_rate, norm_eps, **block_kwargs):
+def _make_stages(depths, dims, drop_path_rate, **kwargs):
     "One `Stage` of `depths[i]` blocks with `dims[i]` channels for each i."
     if len(depths) != len(dims) or not depths:
         raise ValueError(f"depths has {len(depths)} stages and dims {len(dims)}; "
@@ -55,7 +57,7 @@ def _make_stages(depths, dims, drop_path_rate, norm_eps, **block_kwargs):
     rates = torch.linspace(0, drop_path_rate, sum(depths), device="cpu")
     rates = [r.tolist() for r in rates.split(list(depths))]
     sizes = zip((None, *dims), dims, rates)
-    return nn.Sequential(*(Stage(*size, norm_eps, **block_kwargs) for size in sizes))
+    return nn.Sequential(*(Stage(*size, **kwargs) for size in sizes))
 
 # %% ../nbs/01_model.ipynb #ffb67524
 def _check_images(x, in_chans, stride):
@@ -80,13 +82,14 @@ def _stage_indices(indices, n):
 # %% ../nbs/01_model.ipynb #66de1820
 class _Backbone(nn.Module):
     "The stem and the stages of a ConvNeXt."
-    def __init__(self, in_chans, depths, dims, patch_size, drop_path_rate, norm_eps,
-                 **block_kwargs):
+    def __init__(self, in_chans, depths, dims, patch_size, drop_path_rate,
+                 norm_eps=1e-6, norm_layer="layernorm", **block_kwargs):
         super().__init__()
-        stages = _make_stages(depths, dims, drop_path_rate, norm_eps, **block_kwargs)
+        norm = dict(norm_eps=norm_eps, norm_layer=norm_layer)
+        stages = _make_stages(depths, dims, drop_path_rate, **norm, **block_kwargs)
         self.in_chans = in_chans
         self.num_features = self.head_hidden_size = dims[-1]  # timm has both names
-        self.stem, self.stages = Stem(in_chans, dims[0], patch_size, norm_eps), stages
+        self.stem, self.stages = Stem(in_chans, dims[0], patch_size, **norm), stages
         self.feature_info = [
             dict(num_chs=d, reduction=patch_size * 2**i, module=f"stages.{i}")
             for i, d in enumerate(dims)]
@@ -223,8 +226,8 @@ class _Trainable(_Prunable):
 class ConvNeXt(_Trainable):
     """ConvNeXt (Liu et al. 2022): (N, in_chans, H, W) -> logits (N, num_classes).
 
-    ValueError for depths and dims of different number, another `global_pool`, or
-    images that do not fit."""
+    ValueError for depths and dims of different number, another `global_pool` or
+    `norm_layer`, or images that do not fit."""
     def __init__(self,
         in_chans: int = 3,                  # channels of the image
         num_classes: int = 1000,            # logits; 0: no classifier, pooled features
@@ -238,12 +241,14 @@ class ConvNeXt(_Trainable):
         ls_init_value: float = 1e-6,        # first value of gamma; None: no LayerScale
         head_init_scale: float = 1.,        # factor on the classifier's first weights
         use_grn: bool = False,              # GRN in every block (V2)
-        norm_eps: float = 1e-6,             # LayerNorm's eps
+        norm_eps: float = 1e-6,             # the norms' eps
+        norm_layer: str = "layernorm",      # or "batchnorm"
     ):
         super().__init__(in_chans, depths, dims, patch_size, drop_path_rate, norm_eps,
-                         kernel_size=kernel_size, mlp_ratio=mlp_ratio,
+                         norm_layer, kernel_size=kernel_size, mlp_ratio=mlp_ratio,
                          ls_init_value=ls_init_value, use_grn=use_grn)
-        self.head = nn.Sequential(OrderedDict(norm=nn.LayerNorm(dims[-1], norm_eps)))
+        norm = make_norm(norm_layer, dims[-1], norm_eps)
+        self.head = nn.Sequential(OrderedDict(norm=norm))
         self.reset_classifier(num_classes, global_pool)
         self.apply(_init_weights)
         if num_classes: self.head.fc.weight.data.mul_(head_init_scale)

@@ -32,6 +32,7 @@ import torch
 from torch import distributed as dist
 from tqdm.auto import tqdm
 
+from .accelerate import keep_freed_memory
 from .data import (
     DatasetInfo, all_reduce_any, create_loaders, from_rank0, mix_seed, pick_device,
     process_group, rank_and_world_size)
@@ -384,7 +385,7 @@ def _test_best(folder, run, test_dl):
     "`evaluate` with the best weights, in all processes."
     if run.rank == 0: load_weights(run.eval_model, folder / "best.safetensors")
     if run.world > 1:
-        for p in run.eval_model.parameters(): dist.broadcast(p.data, 0)
+        for t in run.eval_model.state_dict().values(): dist.broadcast(t, 0)
     return evaluate(run.eval_model, test_dl, run.dtype)
 
 # %% ../nbs/08_runs.ipynb #2bcfd627
@@ -439,6 +440,7 @@ def train(
         folder = from_rank0(run_folder, cfg)
         finished = from_rank0(_read_result, folder)
         if finished: return finished
+        if device.type == "cpu": keep_freed_memory()  # faster, see chapter 07
         loaders = _load_data(cfg)
         run = _start_or_resume(folder, cfg, loaders[0], device)
         test = _fit_and_test(run, folder, loaders, received, after_epoch)

@@ -72,6 +72,39 @@ def test_kernels_stage(benchmarks):
     assert {s["candidate"] for s in r["summary"]} >= {"CPUBlock"}
 
 
+@pytest.fixture
+def ten_classes(tmp_path):
+    return tree(tmp_path / "tree", dict(train=40, test=2), (32, 32), classes=list("abcdefghij"))
+
+
+def test_peers_race_and_go_on(benchmarks, ten_classes):
+    "Every network gets about the same time; what is done stays."
+    def race(*budgets):
+        benchmark(benchmarks, "cifar10_peers", "--data_dir", ten_classes, "--device", "cpu",
+                  "--seeds", 1, "--probe", 16, "--name", "tiny", "--budgets", *budgets)
+        return read(benchmarks)
+    r = race(.5)
+    assert {s["network"] for s in r["summary"]} == {"ConvNeXt", "plain ConvNet", "ResNet-18"}
+    for s in r["runs"]:
+        assert s["steps"] >= 1 and 0 <= s["test_top1_tta"] <= 1 and s["gmacs"] > .01
+    again = race(.5, 1.9)
+    assert again["runs"][:3] == r["runs"] and len(again["runs"]) == 6
+
+
+def test_search_adds_a_run(benchmarks, ten_classes):
+    def search(*changes):
+        benchmark(benchmarks, "cifar10_search", "--data_dir", ten_classes, "--name", "tiny",
+                  "images=256", "batch=32", "dims=8,16", "depths=1,1", *changes)
+        return json.loads((benchmarks / "results" / "tiny.json").read_text())["runs"]
+    base = search()
+    kinds = ["norm=layer", "block=norms2", "stem=conv:8", "down=pool", "whiten=yes"]
+    runs = search("ema=.9", "normalize=yes", *kinds)
+    assert runs[:1] == base and len(runs) == 2 and runs[1]["changes"]["block"] == "norms2"
+    assert all(0 <= r["val_top1"] <= 1 and r["images_per_s"] > 0 for r in runs)
+    wrong = benchmark(benchmarks, "cifar10_search", "lr=1", status=1)
+    assert "unknown option 'lr'" in wrong
+
+
 def test_unknown_stage(benchmarks):
     assert "unknown stage 'nothing'" in benchmark(benchmarks, "gpu", "nothing", status=1)
 
@@ -80,10 +113,9 @@ def ladder(folder, *args):
     return benchmark(folder, "ladder", "--device", "cpu", *args)
 
 
-def test_ladder_goes_on_where_it_stopped(benchmarks, tmp_path):
-    root = tree(tmp_path / "tree", dict(train=40, test=1), (32, 32), classes=list("abcdefghij"))
-    args = ["--data_dir", root, "--scale", .125, "--depth", .34, "--fraction", 1, "--epochs", 2,
-            "--batch_size", 16, "--only", "kernel 7", "kernel 11", "GELU"]
+def test_ladder_goes_on_where_it_stopped(benchmarks, ten_classes):
+    args = ["--data_dir", ten_classes, "--scale", .125, "--depth", .34, "--fraction", 1,
+            "--epochs", 2, "--batch_size", 16, "--only", "kernel 7", "kernel 11", "GELU"]
     assert ladder(benchmarks, *args, "--seeds", 1).count("seed 0") == 3
     r = read(benchmarks, "ladder_cpu")
     assert "TREE" in r["command"]
