@@ -24,7 +24,7 @@ from convnext_nb.train import orthogonalize, update_ema
 
 OPTIONS = dict(
     # the network
-    dims="64,128,256", depths="1,2,1", kernel=3, gamma=1.,  # 0: no LayerScale
+    dims="64,128,256", depths="1,2,2", kernel=3, gamma=1.,  # 0: no LayerScale
     mlp_ratio="2",        # of all stages, or one for each
     # patch: 2x2; patch:1; conv:24: a 2x2 convolution of 24 channels, GELU, and 2x2 patches of it
     stem="patch",
