@@ -156,7 +156,8 @@ class Ours:
 class Race:
     "What all networks share: the images, the device, the precision."
     def __init__(self, a):
-        self.device, self.dtype, self.values = pick_device(a.device), a.amp_dtype, {}
+        self.device, self.dtype = pick_device(a.device), a.amp_dtype
+        self.largest_batch = a.largest_batch
         where = dict(dataset="imagefolder", data_dir=a.data_dir) if a.data_dir else {}
         cfg = DataConfig(**dict(dataset="cifar10") | where)
         splits, self.info = load_splits(cfg)
@@ -165,7 +166,7 @@ class Race:
 
     def loader(self, cfg, train=True):
         images, labels = self.train if train else self.test
-        cfg = replace(cfg, batch_size=min(cfg.batch_size, len(labels)))
+        cfg = replace(cfg, batch_size=min(cfg.batch_size, self.largest_batch, len(labels)))
         return MemoryLoader(images, labels, self.info, cfg, train)
 
     def start(self, name, budget, steps, seed):
@@ -196,7 +197,7 @@ def images_per_s(race, budgets, images, rounds=3):
     rates = {name: [] for name in names}
     for done, (name, b) in interleaved(names, rounds + 1):
         network, loader = race.start(name, b, 100, seed=0)
-        steps = max(2, images // loader.cfg.batch_size)
+        steps = max(1, images // loader.cfg.batch_size)
         seconds = race.run(network, loader, steps)
         if done: rates[name, b].append(steps * loader.cfg.batch_size / seconds)
     median = {k: statistics.median(v) for k, v in rates.items()}
@@ -262,6 +263,7 @@ def read_options():
     add("--budgets", nargs="+", type=float, choices=list(OURS), default=list(OURS))
     add("--seeds", type=int, default=3, help="number of seeds, from 0")
     add("--probe", type=int, default=2000, help="images in a round of measuring speed")
+    add("--largest_batch", type=int, default=10000, help="cut larger ones, to try the script")
     add("--minutes", type=float, default=math.inf, help="begin no run after so many")
     add("--amp_dtype", default="float32", help="of all networks (default: float32)")
     return parser.parse_args()

@@ -210,6 +210,14 @@ def evaluate(net, loader):
     return (right / len(loader.labels)).tolist()
 
 
+def summarize(runs):
+    "The best run for each number of images seen."
+    best = {}
+    for r in sorted(runs, key=lambda r: r["val_top1"]):
+        best[r["changes"].get("images", OPTIONS["images"])] = r
+    return [dict(images=n, changes=r["changes"], val_top1=r["val_top1"]) for n, r in best.items()]
+
+
 def main():
     parser = make_parser(__doc__, "cifar10_search")
     parser.add_argument("--data_dir", help="imagefolder tree; without it torchvision downloads")
@@ -237,9 +245,10 @@ def main():
                val_top1_mirrored=mirrored, seconds=sum(times),
                images_per_s=o["batch"] / statistics.median(times),
                macs=count_macs(net, (3, 32, 32)), params=count_params(net))
-    runs = read_result(name).get("runs", [])  # read late: another run may have ended meanwhile
     where = environment("cpu", a.data_dir)
-    write_result(name, **where, options=OPTIONS, runs=[*runs, row | dict(commit=where["commit"])])
+    runs = read_result(name).get("runs", [])  # read late: another run may have ended meanwhile
+    runs += [row | dict(commit=where["commit"])]
+    write_result(name, **where, options=OPTIONS, summary=summarize(runs), runs=runs)
     print(f"{top1:.2%}, with the mirrored view {mirrored:.2%}, {row['images_per_s']:.0f} images/s")
 
 

@@ -191,7 +191,7 @@ def run_folder(
     if not cfg.resume:
         raise FileExistsError(f"{run} already holds a run; add --resume to go on with "
                               "it, or choose another --out")
-    old = read_config(run)
+    old = asdict(TrainConfig(**read_config(run)))  # a younger field had its default
     changed = [f"{k} was {old.get(k)!r} and is {v!r}" for k, v in asdict(cfg).items()
                if old.get(k) != v and k not in MAY_DIFFER_ON_RESUME]
     if not changed: return run

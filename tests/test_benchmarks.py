@@ -77,11 +77,12 @@ def ten_classes(tmp_path):
     return tree(tmp_path / "tree", dict(train=40, test=2), (32, 32), classes=list("abcdefghij"))
 
 
-def test_peers_race_and_go_on(benchmarks, ten_classes):
+def test_peers_race_and_go_on(benchmarks, tmp_path):
     "Every network gets about the same time; what is done stays."
+    root = tree(tmp_path / "tree", dict(train=20, test=4), (32, 32))
     def race(*budgets):
-        benchmark(benchmarks, "cifar10_peers", "--data_dir", ten_classes, "--device", "cpu",
-                  "--seeds", 1, "--probe", 16, "--name", "tiny", "--budgets", *budgets)
+        benchmark(benchmarks, "cifar10_peers", "--data_dir", root, "--device", "cpu", "--seeds",
+                  1, "--probe", 8, "--largest_batch", 8, "--name", "tiny", "--budgets", *budgets)
         return read(benchmarks)
     r = race(.5)
     assert {s["network"] for s in r["summary"]} == {"ConvNeXt", "plain ConvNet", "ResNet-18"}
