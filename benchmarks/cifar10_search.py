@@ -215,7 +215,9 @@ def summarize(runs):
     best = {}
     for r in sorted(runs, key=lambda r: r["val_top1"]):
         best[r["changes"].get("images", OPTIONS["images"])] = r
-    return [dict(images=n, changes=r["changes"], val_top1=r["val_top1"]) for n, r in best.items()]
+    def words(changes): return " ".join(f"{k}={v}" for k, v in changes.items()) or "none"
+    return [dict(images=n, changes=words(r["changes"]), val_top1=r["val_top1"],
+                 val_top1_mirrored=r["val_top1_mirrored"]) for n, r in best.items()]
 
 
 def main():

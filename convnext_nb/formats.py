@@ -155,7 +155,7 @@ _BESIDE = dict(hf=("convnext.", "classifier"), mmpretrain=("backbone.", "head"),
 @cache
 def _pattern(template):
     numbers = re.sub(r"\\{(\w)\\}", r"(?P<\1>[0-9]{1,3})", re.escape(template))
-    return re.compile(numbers + r"(\.weight|\.bias|\.running_mean|\.running_var)?")
+    return re.compile(numbers + r"(\.weight|\.bias|\.running_\w+)?")
 
 def rename_key(
     key: str,       # such as "stages.0.blocks.0.conv_dw.weight"
