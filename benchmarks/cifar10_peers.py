@@ -13,9 +13,10 @@ r"""CIFAR-10 against the clock: our presets beside a plain ConvNet and a ResNet-
 A budget is the time that the plain ConvNet takes for so many passes over the 50,000 training
 images on this machine: .5, 1.9 and 8 (its own recipe). How many steps of each network fit is
 measured first, in turns; then every network trains with every budget and seed, in a random order,
-and is tested once, at the end, plain and with six views. All see the same crops and flips. Runs
-that the result already holds are not done again. Writes <name>.json and <name>.png into
-benchmarks/results.
+and is tested once, at the end, plain and with our six views of equal weight. Each network has the
+crops and flips of its recipe. Runs that the result already holds, of this machine and precision
+and of the presets as they are, are not done again, and their budgets stand. Writes <name>.json and
+<name>.png into benchmarks/results.
 """
 import math
 import statistics
@@ -34,7 +35,7 @@ from torch import nn
 from convnext_nb.accelerate import keep_freed_memory
 from convnext_nb.data import DataConfig, MemoryLoader, load_splits, pick_device
 from convnext_nb.model import count_macs, count_params
-from convnext_nb.train import Run, evaluate, orthogonalize, preset, train_step
+from convnext_nb.train import PRESETS, Run, evaluate, orthogonalize, preset, train_step
 
 OURS = {.5: "cifar10-fast", 1.9: "cifar10-fast", 8: "cifar10"}  # budget -> preset
 NAMES = ["ConvNeXt", "plain ConvNet", "ResNet-18"]
@@ -46,7 +47,7 @@ class Group(nn.Module):
         super().__init__()
         self.convs = nn.ModuleList(
             nn.Conv2d(d, out, 3, padding=1, bias=False) for d in (dim, out))
-        # half of the running statistics is new in every step; no scale
+        # .4 of the running statistics is new in every step; no scale
         self.norms = nn.ModuleList(nn.BatchNorm2d(out, 1e-12, momentum=.4) for _ in range(2))
         for conv in self.convs: nn.init.dirac_(conv.weight.data[:conv.in_channels])
         for norm in self.norms: norm.weight.requires_grad = False
@@ -169,6 +170,12 @@ class Race:
         cfg = replace(cfg, batch_size=min(cfg.batch_size, self.largest_batch, len(labels)))
         return MemoryLoader(images, labels, self.info, cfg, train)
 
+    def recipe(self, name, budget):
+        "What a run must share with one that was done before, as JSON has it."
+        ours = PRESETS[OURS[budget]] if name == "ConvNeXt" else None
+        return dict(preset=ours, device=common.environment(self.device)["device"],
+                    amp_dtype=self.dtype, largest_batch=self.largest_batch)
+
     def start(self, name, budget, steps, seed):
         "A network with fresh weights, and its loader."
         torch.manual_seed(seed)
@@ -220,7 +227,7 @@ def train_and_test(race, name, budget, seed, seconds, rate):
         epochs=images / len(race.train[1]), seconds=taken, wanted_seconds=seconds,
         images_per_s=images / taken, gmacs=macs / 1e9, gflops_per_s=6 * macs * images / taken / 1e9,
         params=count_params(network.model), test_top1=plain, test_top1_tta=views,
-        preset=OURS[budget] if name == "ConvNeXt" else None)
+        recipe=race.recipe(name, budget))
 
 
 def summarize(runs):
@@ -276,17 +283,18 @@ def main():
     name = a.name or f"cifar10_peers_{race.device.type}"
     where = common.environment(race.device, a.data_dir)
     end, runs = time.monotonic() + 60 * a.minutes, common.read_result(name).get("runs", [])
+    runs = [r for r in runs if r["recipe"] == race.recipe(r["network"], r["budget"])]
     rates = images_per_s(race, a.budgets, a.probe)
     print("images/s:", {f"{n}, {b}": round(r) for (n, b), r in rates.items()}, flush=True)
     done = {(r["network"], r["budget"], r["seed"]) for r in runs}
     for budget in sorted(a.budgets):
-        seconds = budget * len(race.train[1]) / rates["plain ConvNet", budget]
+        seconds = next((r["wanted_seconds"] for r in runs if r["budget"] == budget),
+                       budget * len(race.train[1]) / rates["plain ConvNet", budget])
         for seed, network in interleaved(NAMES, a.seeds):
             if (network, budget, seed) in done or time.monotonic() > end: continue
             r = train_and_test(race, network, budget, seed, seconds, rates[network, budget])
-            runs.append(r | dict(commit=where["commit"], device=where["device"]))
-            common.write_result(name, **where, amp_dtype=a.amp_dtype, summary=summarize(runs),
-                                runs=runs)
+            runs.append(r | dict(commit=where["commit"]))
+            common.write_result(name, **where, summary=summarize(runs), runs=runs)
             print(f"{network}, {budget:g}, seed {seed}: {r['epochs']:.1f} epochs in "
                   f"{r['seconds']:.0f} s, test {r['test_top1']:.2%}, with six views "
                   f"{r['test_top1_tta']:.2%}", flush=True)

@@ -257,7 +257,7 @@ def orthogonalize(
     return y.to(x.dtype)
 
 # %% ../nbs/03_train.ipynb #c2decde9
-def _move(params, averages, shape, lr, weight_decay, momentum):
+def _muon_step(params, averages, shape, lr, weight_decay, momentum):
     "Muon's step for weights of one shape, with their averages of gradients."
     grads = [p.grad for p in params]
     torch._foreach_lerp_(averages, grads, 1 - momentum)
@@ -289,7 +289,7 @@ class Muon(torch.optim.Optimizer):
                 alike.setdefault((len(p), p[0].numel()), []).append(p)
             for shape, params in alike.items():
                 averages = [self.state[p]["momentum_buffer"] for p in params]
-                _move(params, averages, shape, *how)
+                _muon_step(params, averages, shape, *how)
 
 # %% ../nbs/03_train.ipynb #204d6b5f
 def _mixing_weights(model):
