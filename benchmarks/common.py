@@ -127,13 +127,15 @@ def cifar10_splits(data_dir, fraction):
     return (images, labels), splits["val"], info
 
 
-def train_on_cifar10(cfg, data_dir, fraction, model=None):
-    "Train on that share of the images: the run, the loader of the images held out, the seconds."
+def train_on_cifar10(cfg, data_dir, fraction, model=None, prepare=lambda run: None):
+    """Train on that share of the images, after `prepare(run)`: the run, the loader of the images
+    held out, the seconds."""
     (images, labels), (val_images, val_labels), info = cifar10_splits(data_dir, fraction)
     train_dl = MemoryLoader(torch.from_numpy(images), labels, info, cfg, train=True)
     val_cfg = replace(cfg, batch_size=min(500, len(val_labels)))
     val_dl = MemoryLoader(torch.from_numpy(val_images), val_labels, info, val_cfg)
     run = Run(cfg, info, len(train_dl), torch.device(cfg.device), model)
+    prepare(run)
     start = time.perf_counter()
     fit(run, train_dl)
     return run, val_dl, time.perf_counter() - start
@@ -175,8 +177,10 @@ def run_study(a, name, settings, keys, wanted, train_one, summarize, describe):
 
 def finished(todo, train_one, a):
     """`train_one(*item, a)` for every item, as they end. An item leaves `todo` when it begins, and
-    after `a.minutes` none does. On a CPU as many at once as there are cores, a thread each."""
+    after `a.minutes` none does. On a CPU as many at once as there are cores, a thread each, unless
+    `a.jobs` says how many."""
     jobs = len(os.sched_getaffinity(0)) if a.device == "cpu" else 1
+    jobs = getattr(a, "jobs", None) or jobs
     end, going, spawn = time.monotonic() + 60 * a.minutes, set(), get_context("spawn")
     with ProcessPoolExecutor(jobs, spawn, torch.set_num_threads, (1,)) as pool:
         while True:
