@@ -23,7 +23,7 @@ from convnext_nb.train import TrainConfig, evaluate
 
 BASE = dict(
     depths="1,2,2", dims="64,128,256", kernel_size=3, patch_size=2, mlp_ratio=2.,
-    norm_layer="batchnorm", optimizer="muon", lr=.04, schedule="linear", warmup_epochs=.5,
+    norm_layer="batchnorm", optimizer="muon", lr=.02, schedule="linear", warmup_epochs=.5,
     epochs=5, batch_size=128, ema_decay=0., label_smoothing=.2, max_shift=2, alternate_flip=True)
 OWN = dict(adamw=1., momentum=.95)  # of the optimizers, and no field of TrainConfig
 
