@@ -1,6 +1,7 @@
 r"""CIFAR-10 against the clock: our presets beside a plain ConvNet and a ResNet-18, in equal time.
 
     python benchmarks/cifar10_peers.py --data_dir TREE [--budgets .5 1.9] [--seeds 3]
+    python benchmarks/cifar10_peers.py --data_dir TREE --networks ConvNeXt "plain ConvNet"
 
 - ConvNeXt: our presets, see OURS.
 - plain ConvNet: the network and the training of airbench94, written anew from Jordan 2024
@@ -269,6 +270,7 @@ def read_options():
     add("--data_dir", help="imagefolder tree; without it torchvision downloads into ./data")
     add("--budgets", nargs="+", type=float, choices=list(OURS), default=list(OURS))
     add("--seeds", type=int, default=3, help="number of seeds, from 0")
+    add("--networks", nargs="+", choices=NAMES, default=NAMES, help="that train; all are probed")
     add("--probe", type=int, default=2000, help="images in a round of measuring speed")
     add("--largest_batch", type=int, default=10000, help="cut larger ones, to try the script")
     add("--minutes", type=float, default=math.inf, help="begin no run after so many")
@@ -290,7 +292,7 @@ def main():
     for budget in sorted(a.budgets):
         seconds = next((r["wanted_seconds"] for r in runs if r["budget"] == budget),
                        budget * len(race.train[1]) / rates["plain ConvNet", budget])
-        for seed, network in interleaved(NAMES, a.seeds):
+        for seed, network in interleaved(a.networks, a.seeds):
             if (network, budget, seed) in done or time.monotonic() > end: continue
             r = train_and_test(race, network, budget, seed, seconds, rates[network, budget])
             runs.append(r | dict(commit=where["commit"]))

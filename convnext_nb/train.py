@@ -135,19 +135,19 @@ def _limits(cfg):
     return data | network | recipe | work
 
 # %% ../nbs/03_train.ipynb #5a870c23
-_CIFAR = dict(
-    dataset="cifar10", depths="2,4,2", dims="64,128,256", kernel_size=3, patch_size=2,
-    optimizer="muon", lr=8e-3, batch_size=128, ema_decay=.99, alternate_flip=True,
-    cuda_graph=True)
+_CIFAR = dict(dataset="cifar10", kernel_size=3, patch_size=2, optimizer="muon",
+              batch_size=128, alternate_flip=True, cuda_graph=True)
+_SHORT = _CIFAR | dict(
+    depths="1,2,2", dims="64,128,256", mlp_ratio=2., norm_layer="batchnorm",
+    lr=.02, schedule="linear", label_smoothing=.2, max_shift=2, ema_decay=0.)
 _IMAGENET = dict(dataset="imagefolder", val_fraction=0., rand_augment=9.,
                  random_erasing=.25, checkpoint_steps=500)
 
 PRESETS = {  # name -> fields of TrainConfig
-    "digits": {},
-    "cifar10-fast": _CIFAR | dict(epochs=16),
-    "cifar10": _CIFAR | dict(epochs=50, cutout=8, dims="96,192,384", ema_decay=.999),
+    "digits": {}, "cifar10-fast": _SHORT | dict(epochs=5, warmup_epochs=.5),
+    "cifar10": _SHORT | dict(epochs=24, warmup_epochs=2., batch_size=256, lr=.03),
     "cifar10-best": _CIFAR | dict(
-        epochs=120, patch_size=1, depths="2,6,2", dims="96,192,384", mixup=.8,
+        epochs=120, lr=8e-3, patch_size=1, depths="2,6,2", dims="96,192,384", mixup=.8,
         cutmix=1., drop_path_rate=.1, ema_decay=.999),
     "imagenet1k": _IMAGENET | dict(
         image_size=224, mixup=.8, cutmix=1., model="convnext_tiny", drop_path_rate=.1,
@@ -359,8 +359,8 @@ def _advice_on_length(cfg, steps):
 # %% ../nbs/03_train.ipynb #6e18ac12
 def _advice_on_start(cfg, steps):
     "Sentences on the learning rate and LayerScale."
-    low = .25 * 4e-3 * (cfg.batch_size / 4096)
-    high = .25 * 4e-3 * (16 * max(1, cfg.batch_size / 4096))
+    low, high = 1e-3 * cfg.batch_size / 4096, 16e-3 * max(1, cfg.batch_size / 4096)
+    if cfg.optimizer == "muon": high *= 4  # see the short runs below
     small_gamma = cfg.ls_init_value is not None and cfg.ls_init_value < 1e-3
     if cfg.weights and cfg.lr > 1e-3:
         yield (f"lr {cfg.lr:g} forgets the weights that the run starts from; the "
