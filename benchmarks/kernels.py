@@ -4,14 +4,16 @@ convolution and LayerNorm) and whole block.
     python benchmarks/kernels.py                         convnext_tiny's four stages at 224
     python benchmarks/kernels.py --dtypes bfloat16       in one precision only
 
-Inference is a call without gradients, training a call and its gradients to input and parameters. A
-round runs every candidate once, in a random order; `ratio` is the median over rounds of PyTorch's
-time in channels_last over the candidate's in the same round, above 1 where the candidate is faster,
-with the 95% interval of that median. `summary` has the geometric mean over the stages, and the
-least of them. Writes <name>.json into benchmarks/results.
+Inference is a call without gradients, training a call and its gradients to input and parameters. On
+CUDA ten calls are one CUDA graph, so that kernels are timed and not Python. A round runs every
+candidate once, in a random order; `ratio` is the median over rounds of PyTorch's time in
+channels_last over the candidate's in the same round, above 1 where the candidate is faster, with
+the 95% interval of that median. `summary` has the geometric mean over the stages, and the least of
+them. Writes <name>.json into benchmarks/results.
 """
 import statistics
 from copy import deepcopy
+from functools import partial
 
 import torch
 from common import (
@@ -75,21 +77,31 @@ def call(module, inputs, training, times):
             if training: torch.autograd.grad(y, [inputs, *module.parameters()], torch.ones_like(y))
 
 
+def start(module, inputs, training):
+    "A function for ten calls on a GPU, or one on a CPU, and their number; warm."
+    module.train(training)
+    def run(times): call(module, inputs, training, times)
+    if not inputs.is_cuda:
+        run(3)
+        return partial(run, 1), 1
+    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side): run(3)  # compiles and tunes
+    torch.cuda.current_stream().wait_stream(side)
+    with torch.cuda.graph(graph): run(10)
+    return graph.replay, 10
+
+
 def measure(modules, x, mode, rounds):
     "Milliseconds and ratio of every module."
-    calls = 10 if x.is_cuda else 1  # one after the other, so that a GPU does not wait for Python
-    training = mode == "training"
-
-    def seconds(label):
-        module, memory_format = modules[label]
+    training, started = mode == "training", {}
+    for label, (module, memory_format) in modules.items():
         inputs = x.detach().to(memory_format=memory_format).requires_grad_(training)
-        return seconds_of(x.device, call, module, inputs, training, calls) / calls
-
-    for label, (module, _) in modules.items():
-        module.train(training)
-        for _ in range(3): seconds(label)
+        started[label] = start(module, inputs, training)
     times = {label: [] for label in modules}
-    for _, label in interleaved(list(modules), rounds): times[label].append(seconds(label))
+    for _, label in interleaved(list(modules), rounds):
+        run, calls = started[label]
+        times[label].append(seconds_of(x.device, run) / calls)
     base = next(iter(times.values()))
     return {label: dict(ms=1e3 * statistics.median(mine),
                         **median_ratio([b / m for b, m in zip(base, mine)]))

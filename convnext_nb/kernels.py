@@ -112,21 +112,20 @@ def reduce_sum(v, axis: tl.constexpr):  # tl.sum, but interpreted if we are
     return tl.reduce(v, axis, tl.standard._sum_combine)
 
 @jit
-def tile(first, P, chunk, D: tl.constexpr,
-         PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
+def tile(first, P, chunk, D, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
     "A tile of a (P, D) map: pixels, channels, offsets, and which of them exist."
     p, ch = first + tl.arange(0, PIXELS), chunk * CHANNELS + tl.arange(0, CHANNELS)
     at = p.to(tl.int64)[:, None] * D + ch[None, :]
     return p, ch, at, (p < P)[:, None] & (ch < D)[None, :]
 
 @jit
-def program_part(D: tl.constexpr, CHANNELS: tl.constexpr):
+def program_part(D, CHANNELS: tl.constexpr):
     "This program's column of tiles, its part of the column, and the number of parts."
     chunks, pid = (D + CHANNELS - 1) // CHANNELS, tl.program_id(0)
     return pid % chunks, pid // chunks, tl.num_programs(0) // chunks
 
 @jit
-def program_tile(P, D: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
+def program_tile(P, D, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
     "The tile of a program that owns a single one."
     chunk, part, _ = program_part(D, CHANNELS)
     return tile(part * PIXELS, P, chunk, D, PIXELS, CHANNELS)
@@ -148,7 +147,7 @@ TILES = [(dict(PIXELS=p, CHANNELS=c), warps) for p, c, warps in
          ((16, 128, 4), (8, 128, 4), (32, 128, 8), (8, 256, 4))]
 
 @autotuned_jit(TILES, ["D"])
-def gelu_kernel(x, b, y, P, D: tl.constexpr, ACC: tl.constexpr,
+def gelu_kernel(x, b, y, P, D, ACC: tl.constexpr,
                 PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
     _, ch, at, inside = program_tile(P, D, PIXELS, CHANNELS)
     v = load(x + at, inside, ACC) + load(b + ch, ch < D, ACC)[None, :]
@@ -156,7 +155,7 @@ def gelu_kernel(x, b, y, P, D: tl.constexpr, ACC: tl.constexpr,
 
 # %% ../nbs/06_kernels.ipynb #4bb13d34
 @autotuned_jit(TILES, ["D"])
-def gelu_grad_kernel(x, b, g, dx, out, P, D: tl.constexpr, ACC: tl.constexpr,
+def gelu_grad_kernel(x, b, g, dx, out, P, D, ACC: tl.constexpr,
                      PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
     chunk, part, parts = program_part(D, CHANNELS)
     db = tl.full([PIXELS, CHANNELS], 0, ACC)
@@ -230,8 +229,8 @@ def load_drop_mask(drop_mask, p, pixels, P, ACC: tl.constexpr):
     else: return load(drop_mask + p // pixels, p < P, ACC)
 
 @autotuned_jit(TILES, ["D"])
-def residual_kernel(x, y, b, gamma, drop_mask, out, P, pixels, D: tl.constexpr,
-                    ACC: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
+def residual_kernel(x, y, b, gamma, drop_mask, out, P, pixels, D, ACC: tl.constexpr,
+                    PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
     p, ch, at, inside = program_tile(P, D, PIXELS, CHANNELS)
     v = load(y + at, inside, ACC) + load(b + ch, ch < D, ACC)[None, :]
     factor = load_drop_mask(drop_mask, p, pixels, P, ACC)[:, None]
@@ -240,9 +239,9 @@ def residual_kernel(x, y, b, gamma, drop_mask, out, P, pixels, D: tl.constexpr,
 
 # %% ../nbs/06_kernels.ipynb #c9782014
 @autotuned_jit(TILES, ["D"])
-def residual_grad_kernel(y, b, gamma, drop_mask, g, dy, out, P, pixels,
-                         D: tl.constexpr, ACC: tl.constexpr,
-                         PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
+def residual_grad_kernel(y, b, gamma, drop_mask, g, dy, out, P, pixels, D,
+                         ACC: tl.constexpr, PIXELS: tl.constexpr,
+                         CHANNELS: tl.constexpr):
     chunk, part, parts = program_part(D, CHANNELS)
     ch = chunk * CHANNELS + tl.arange(0, CHANNELS)
     mine = ch < D
@@ -310,7 +309,7 @@ def _residual_grads(ctx, g): return g, *scale_residual_grad(*ctx.saved_tensors, 
 scale_residual.register_autograd(_residual_grads, setup_context=_save_branch)
 
 # %% ../nbs/06_kernels.ipynb #40decd42
-ROWS = [(dict(PIXELS=p), 4) for p in (4, 1, 8)]
+ROWS = [(dict(PIXELS=p), 4) for p in (4, 1, 8)]  # 1: more than 1,024 channels
 
 @jit
 def normalize(v, inside, C: tl.constexpr, eps):
@@ -419,8 +418,8 @@ def conv_row(sums, row, taps, K: tl.constexpr, COLS: tl.constexpr):
             new = new + (s,)
     return new
 
-STRIPS = [(dict(COLS=c, CHANNELS=32 * each * warps), warps) for c, each, warps in
-          ((7, 1, 1), (7, 1, 4), (4, 1, 1), (4, 1, 4), (4, 2, 2))]
+STRIPS = [(dict(COLS=c, CHANNELS=32 * each * warps), warps)
+          for c, each, warps in ((7, 1, 1), (4, 2, 2))]
 
 # %% ../nbs/06_kernels.ipynb #6400b048
 @autotuned_jit(STRIPS, ["C", "K"])
@@ -555,8 +554,7 @@ depthwise_conv.register_autograd(_conv_grads, setup_context=_save_conv)
 # the interpreter multiplies bfloat16's bits as integers
 UPCAST = tl.constexpr(INTERPRETED)
 MATMULS = [(dict(PIXELS=p, OUT=o, IN=i), warps) for p, o, i, warps in
-           ((128, 128, 32, 4), (128, 128, 64, 8), (128, 256, 64, 8),
-            (256, 128, 64, 8), (64, 128, 64, 4))]
+           ((128, 128, 64, 8), (128, 256, 64, 8), (64, 128, 64, 4))]
 
 @jit
 def matmul_tile(x, w, p, o, P, I: tl.constexpr, O: tl.constexpr, ACC: tl.constexpr,

@@ -32,7 +32,7 @@ import torch
 from torch import distributed as dist
 from tqdm.auto import tqdm
 
-from .accelerate import keep_freed_memory
+from .accelerate import accelerate, keep_freed_memory
 from .data import (
     DatasetInfo, all_reduce_any, create_loaders, from_rank0, mix_seed, pick_device,
     process_group, rank_and_world_size)
@@ -290,6 +290,7 @@ def _start_or_resume(folder, cfg, train_dl, device):
     info, steps = train_dl.info, len(train_dl)
     resuming = from_rank0(lambda: bool(_checkpoints(folder)))
     model = build_model(cfg, info) if resuming else start_model(cfg, info)
+    if cfg.accelerate: accelerate(model.to(device))
     run = Run(cfg, info, steps, device, model)
     from_rank0(_prepare_folder, folder, cfg)
     if resuming: _resume(folder, run)
@@ -524,7 +525,8 @@ def _load_run(folder, split, overrides):
                          "validation images; use --split test")
     loader.train = loader.mixing = False  # in order, none left out
     model = load_weights(build_model(cfg, loader.info), folder / "best.safetensors")
-    return model.to(pick_device(cfg.device), memory_format=torch.channels_last), loader
+    model.to(pick_device(cfg.device), memory_format=torch.channels_last)
+    return accelerate(model) if cfg.accelerate else model, loader
 
 # %% ../nbs/08_runs.ipynb #bc4ba024
 def evaluate_run(

@@ -87,6 +87,7 @@ class TrainConfig(RecipeConfig):
     # compute activations again in the backward pass, to save memory
     grad_checkpointing: bool = False
     compile: bool = False       # torch.compile the network
+    accelerate: bool = False    # the faster blocks of chapter 07, where there are any
     # replay each step as a CUDA graph, so that none waits for Python; on a CPU: nothing
     cuda_graph: bool = False
     out: str | None = None      # run folder; None: runs/<dataset>, or the next free -N
@@ -127,12 +128,11 @@ def _limits(cfg):
     network = dict(
         kernel_size=(1, 255), mlp_ratio=(.1, 64), patch_size=(1, 2**10),
         init_std=(0, 1e6), drop_path_rate=(0, .999), head_init_scale=(0, 1e3))
-    recipe = dict(
+    return data | network | dict(
         epochs=(1, 2**24), lr=(1e-12, 1e12), min_lr=(0, 1e12),
         warmup_epochs=(0, cfg.epochs), weight_decay=(0, 1e6), layer_decay=(.01, 1),
-        label_smoothing=(0, .999), clip_grad=(1e-6, 1e6), ema_decay=(0, .999999))
-    work = dict(grad_accum_steps=(1, cfg.batch_size), checkpoint_steps=(0, 2**30))
-    return data | network | recipe | work
+        label_smoothing=(0, .999), clip_grad=(1e-6, 1e6), ema_decay=(0, .999999),
+        grad_accum_steps=(1, cfg.batch_size), checkpoint_steps=(0, 2**30))
 
 # %% ../nbs/03_train.ipynb #5a870c23
 _CIFAR = dict(dataset="cifar10", kernel_size=3, patch_size=2, optimizer="muon",
@@ -141,7 +141,7 @@ _SHORT = _CIFAR | dict(
     depths="1,2,2", dims="64,128,256", mlp_ratio=2., norm_layer="batchnorm",
     lr=.02, schedule="linear", label_smoothing=.2, max_shift=2, ema_decay=0.)
 _IMAGENET = dict(dataset="imagefolder", val_fraction=0., rand_augment=9.,
-                 random_erasing=.25, checkpoint_steps=500)
+                 random_erasing=.25, checkpoint_steps=500, accelerate=True)
 
 PRESETS = {  # name -> fields of TrainConfig
     "digits": {}, "cifar10-fast": _SHORT | dict(epochs=5, warmup_epochs=.5),

@@ -16,15 +16,14 @@ from convnext_nb.model import create_model
 
 SIZES = dict(C=384, K=7, ACC=getattr(kernels.tl, "float32", None))
 NORM, LONG = SIZES | dict(CHANNELS=512), SIZES | dict(C=1536, CHANNELS=2048)
-HIDDEN, WIDTH = SIZES | dict(D=1536), SIZES | dict(D=384)
 FC1, FC2 = dict(I=384, O=1536, GELU=True), dict(I=1536, O=384, GELU=False)
 KERNELS = {  # constants, and what points to float32; other pointers are to bfloat16
     "conv_kernel": (SIZES, "taps bias"), "conv_weight_kernel": (SIZES, "out"),
     "norm_kernel": (NORM, "w b"), "norm_grad_kernel": (NORM, "w out"),
     "norm_grad_kernel 1536": (LONG, "w out"),
-    "gelu_kernel": (HIDDEN, "b"), "gelu_grad_kernel": (HIDDEN, "b out"),
-    "residual_kernel": (WIDTH, "b gamma drop_mask"),
-    "residual_grad_kernel": (WIDTH, "b gamma drop_mask out"),
+    "gelu_kernel": (SIZES, "b"), "gelu_grad_kernel": (SIZES, "b out"),
+    "residual_kernel": (SIZES, "b gamma drop_mask"),
+    "residual_grad_kernel": (SIZES, "b gamma drop_mask out"),
     "linear_kernel fc1": (SIZES | FC1, "b gamma"), "linear_kernel fc2": (SIZES | FC2, "b gamma")}
 
 
@@ -36,9 +35,10 @@ def usage(kernel, constants, floats, warps, path):
     cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
     kind = dict.fromkeys(kernel.arg_names, "*bf16") | dict.fromkeys(floats.split(), "*fp32")
-    kind |= dict.fromkeys("H W N P rows splits pixels".split(), "i32") | dict(eps="fp32")
+    kind |= dict.fromkeys("H W N P D rows splits pixels".split(), "i32") | dict(eps="fp32")
     kind = {k: "constexpr" if k in constants else kind[k] for k in kernel.arg_names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, k in enumerate(kind.values()) if k[0] == "*"}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, (name, k) in enumerate(kind.items())
+               if k[0] == "*" or name == "D"}
     source = ASTSource(kernel, kind, constants, aligned)
     binary = triton.compile(source, GPUTarget("cuda", 90, 32), dict(num_warps=warps))
     path.write_bytes(binary.asm["cubin"])
