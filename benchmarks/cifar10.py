@@ -1,8 +1,7 @@
 r"""CIFAR-10 from scratch: our presets, with several seeds, and the stock network in the same time.
 
     python benchmarks/cifar10.py --data_dir TREE        a GPU: all three presets
-    python benchmarks/cifar10.py --data_dir TREE --presets cifar10-fast --stock \
-        --epochs 5 --dims 48,96,192                     a CPU
+    python benchmarks/cifar10.py --data_dir TREE --presets cifar10-fast --stock     a CPU
 
 All 50,000 training images train (`--val_fraction 0`: no epoch is chosen); the 10,000 test images
 are looked at once, at the end, plain and with test-time augmentation. The presets were chosen on

@@ -33,10 +33,18 @@ import torchvision
 from common import Steps, interleaved, make_parser, result_path
 from torch import nn
 
-from convnext_nb.accelerate import keep_freed_memory
+from convnext_nb.accelerate import accelerate, keep_freed_memory
 from convnext_nb.data import DataConfig, MemoryLoader, load_splits, pick_device
 from convnext_nb.model import count_macs, count_params
-from convnext_nb.train import PRESETS, Run, evaluate, orthogonalize, preset, train_step
+from convnext_nb.train import (
+    PRESETS,
+    Run,
+    build_model,
+    evaluate,
+    orthogonalize,
+    preset,
+    train_step,
+)
 
 OURS = {.5: "cifar10-fast", 1.9: "cifar10-fast", 8: "cifar10"}  # budget -> preset
 NAMES = ["ConvNeXt", "plain ConvNet", "ResNet-18"]
@@ -146,7 +154,8 @@ class Ours:
     def __init__(self, cfg, info, steps, device):
         warmup = cfg.warmup_epochs and cfg.warmup_epochs / cfg.epochs
         cfg = replace(cfg, epochs=1, warmup_epochs=warmup, low_res_epochs=0)
-        self.run = Run(cfg, info, steps, device)
+        model = build_model(cfg, info).to(device)
+        self.run = Run(cfg, info, steps, device, accelerate(model) if cfg.accelerate else model)
         self.model = self.run.eval_model
         self.run.model.train()
 

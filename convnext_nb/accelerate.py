@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .blocks import (
-    GRN, ConvNeXtBlock, DropPath, LayerNorm2d, PointwiseLinear)
+    GRN, BatchNormLast, ConvNeXtBlock, DropPath, LayerNorm2d, PointwiseLinear)
 from .kernels import (
     NEEDS_TRITON, bias_gelu, depthwise_conv, layer_norm, linear_gelu, linear_residual,
     scale_residual, sum_dtype, synced_clock, triton)
@@ -97,6 +97,32 @@ def _onednn_linear(x, fc, act):
     weight, bias = fc.weight.to(x.dtype), fc.bias.to(x.dtype)
     return _LINEAR_POINTWISE(x, weight, bias, act, [], "none")
 
+# %% ../nbs/07_accelerate.ipynb #17c05912
+class _Pointwise(torch.autograd.Function):
+    "A 1x1 convolution of (N, H, W, C) whose gradient to the weight is a product."
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        y = F.conv2d(x.permute(0, 3, 1, 2), weight[:, :, None, None], bias)
+        return y.permute(0, 2, 3, 1)
+
+    @staticmethod
+    def backward(ctx, g):
+        (x, weight), g = ctx.saved_tensors, g.contiguous()
+        dx = F.conv2d(g.permute(0, 3, 1, 2), weight.t()[:, :, None, None])
+        x, rows = x.flatten(0, 2), g.flatten(0, 2)
+        dw = rows.t() @ x if ctx.needs_input_grad[1] else None
+        return dx.permute(0, 2, 3, 1), dw, rows.sum(0)
+
+def _cpu_mlp(mlp, y):
+    "The MLP of a block, with `_Pointwise` where a 1x1 convolution is what it asks for."
+    wanted = y.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    if not wanted or y.shape[1:3] == (1, 1): return mlp(y)
+    for m in mlp:
+        linear = isinstance(m, PointwiseLinear)
+        y = _Pointwise.apply(y.contiguous(), m.weight, m.bias) if linear else m(y)
+    return y
+
 # %% ../nbs/07_accelerate.ipynb #80a964a0
 class CPUBlock(ConvNeXtBlock):
     "A block for oneDNN: fused products at inference, faster gradients in training."
@@ -110,8 +136,10 @@ class CPUBlock(ConvNeXtBlock):
             y = _onednn_linear(self.norm(y), self.mlp.fc1, "gelu")
             y = _onednn_linear(y, self.mlp.fc2, "none")         # (N, H, W, C)
         else:
-            y = depthwise_conv(x, self.conv_dw.weight, self.conv_dw.bias)
-            y = self.drop_path(self.mlp(self.norm(y)))
+            if self.conv_dw.kernel_size[0] < 5:
+                y = self.conv_dw(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+            else: y = depthwise_conv(x, self.conv_dw.weight, self.conv_dw.bias)
+            y = self.drop_path(_cpu_mlp(self.mlp, self.norm(y)))
         if self.gamma is None: x = x + y
         else: x = torch.addcmul(x, y, self.gamma.to(x.dtype))
         return x.permute(0, 3, 1, 2)                            # (N, C, H, W)
@@ -134,7 +162,8 @@ PLAIN_CLASS = {c: plain for (plain, _), cs in FAST_CLASSES.items() for c in cs}
 
 # %% ../nbs/07_accelerate.ipynb #62400959
 _BLOCK_PARTS = {
-    nn.Conv2d, nn.LayerNorm, nn.Sequential, PointwiseLinear, nn.GELU, GRN, DropPath}
+    nn.Conv2d, nn.LayerNorm, BatchNormLast, nn.Sequential, PointwiseLinear, nn.GELU,
+    GRN, DropPath}
 
 def _has_hook(m):
     return any((m._forward_hooks, m._forward_pre_hooks,
@@ -157,7 +186,8 @@ def candidates(
     if type(m) not in PLAIN_CLASS.values() or not _is_standard(m): return ()
     device = _device(m)
     if device.type == "cuda":
-        if triton is None: return ()
+        layer_norms = not isinstance(getattr(m, "norm", None), BatchNormLast)
+        if triton is None or not layer_norms: return ()
         if torch.cuda.get_device_capability(device) < (8, 0): return ()
     return FAST_CLASSES.get((type(m), device.type), ())
 

@@ -139,13 +139,14 @@ _CIFAR = dict(dataset="cifar10", kernel_size=3, patch_size=2, optimizer="muon",
               batch_size=128, alternate_flip=True, cuda_graph=True)
 _SHORT = _CIFAR | dict(
     depths="1,2,2", dims="64,128,256", mlp_ratio=2., norm_layer="batchnorm",
-    lr=.02, schedule="linear", label_smoothing=.2, max_shift=2, ema_decay=0.)
+    ls_init_value=None, batch_size=256, lr=.03, schedule="linear", label_smoothing=.2,
+    max_shift=2, ema_decay=0., accelerate=True)
 _IMAGENET = dict(dataset="imagefolder", val_fraction=0., rand_augment=9.,
                  random_erasing=.25, checkpoint_steps=500, accelerate=True)
 
 PRESETS = {  # name -> fields of TrainConfig
     "digits": {}, "cifar10-fast": _SHORT | dict(epochs=5, warmup_epochs=.5),
-    "cifar10": _SHORT | dict(epochs=24, warmup_epochs=2., batch_size=256, lr=.03),
+    "cifar10": _SHORT | dict(epochs=24, warmup_epochs=2.),
     "cifar10-best": _CIFAR | dict(
         epochs=120, lr=8e-3, patch_size=1, depths="2,6,2", dims="96,192,384", mixup=.8,
         cutmix=1., drop_path_rate=.1, ema_decay=.999),
@@ -154,10 +155,9 @@ PRESETS = {  # name -> fields of TrainConfig
         ls_init_value=1e-6, init_std=.02, epochs=300, batch_size=4096, lr=4e-3,
         warmup_epochs=20., ema_decay=.9999),
     "finetune": _IMAGENET | dict(
-        image_size=384, crop_pct=1., model="convnext_base", drop_path_rate=.8,
+        image_size=384, crop_pct=1., model="convnext_base", drop_path_rate=.8, lr=5e-5,
         weights="convnext_base.fb_in1k", head_init_scale=.001, epochs=30,
-        batch_size=512, lr=5e-5, warmup_epochs=0., weight_decay=1e-8, layer_decay=.7,
-        ema_decay=0.),
+        batch_size=512, warmup_epochs=0., weight_decay=1e-8, layer_decay=.7, ema_decay=0.),
 }
 
 # %% ../nbs/03_train.ipynb #970216a7
