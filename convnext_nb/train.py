@@ -156,8 +156,8 @@ PRESETS = {  # name -> fields of TrainConfig
         warmup_epochs=20., ema_decay=.9999),
     "finetune": _IMAGENET | dict(
         image_size=384, crop_pct=1., model="convnext_base", drop_path_rate=.8, lr=5e-5,
-        weights="convnext_base.fb_in1k", head_init_scale=.001, epochs=30,
-        batch_size=512, warmup_epochs=0., weight_decay=1e-8, layer_decay=.7, ema_decay=0.),
+        weights="convnext_base.fb_in1k", head_init_scale=.001, epochs=30, ema_decay=0.,
+        batch_size=512, warmup_epochs=0., weight_decay=1e-8, layer_decay=.7),
 }
 
 # %% ../nbs/03_train.ipynb #970216a7
