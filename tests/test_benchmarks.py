@@ -106,6 +106,20 @@ def test_search_adds_a_run(benchmarks, ten_classes):
     assert "unknown option 'lr'" in wrong
 
 
+def test_recipes(benchmarks, ten_classes):
+    tiny = "epochs=1 batch_size=16 dims=8,16,16 depths=1,1,1"
+    def recipes(*changes, status=0):
+        return benchmark(benchmarks, "cifar10_recipes", "--data_dir", ten_classes, "--name", "tiny",
+                         "--device", "cpu", "--jobs", 1, *changes, status=status)
+    recipes(tiny, f"{tiny} lr=.01 adamw=.5 momentum=.9")
+    said = recipes(tiny, f"{tiny} optimizer=adamw ls_init_value=None alternate_flip=False")
+    assert said.count("seed 0") == 1  # the first was done before
+    r = json.loads((benchmarks / "results" / "tiny.json").read_text())
+    assert len(r["runs"]) == len(r["summary"]) == 3 and "TREE" in r["command"]
+    assert all(0 <= s["val_top1"] <= 1 and s["epochs"] == 1 for s in r["summary"])
+    assert "unknown name 'nothing'" in recipes("nothing=1", status=1)
+
+
 def test_unknown_stage(benchmarks):
     assert "unknown stage 'nothing'" in benchmark(benchmarks, "gpu", "nothing", status=1)
 
