@@ -15,9 +15,9 @@ A budget is the time that the plain ConvNet takes for so many passes over the 50
 images on this machine: .5, 1.9 and 8 (its own recipe). How many steps of each network fit is
 measured first, in turns; then every network trains with every budget and seed, in a random order,
 and is tested once, at the end, plain and with our six views of equal weight. Each network has the
-crops and flips of its recipe. Runs that the result already holds, of this machine and precision
-and of the presets as they are, are not done again, and their budgets stand. Writes <name>.json and
-<name>.png into benchmarks/results.
+crops and flips of its recipe. `operations` in the result says where the time of a step goes. Runs
+that the result already holds, of this machine and precision and of the presets as they are, are not
+done again, and their budgets stand. Writes <name>.json and <name>.png into benchmarks/results.
 """
 import math
 import statistics
@@ -32,6 +32,7 @@ import torch.nn.functional as F
 import torchvision
 from common import Steps, interleaved, make_parser, result_path
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 from convnext_nb.accelerate import accelerate, keep_freed_memory
 from convnext_nb.data import DataConfig, MemoryLoader, load_splits, pick_device
@@ -223,6 +224,19 @@ def images_per_s(race, networks, budgets, images, rounds=3):
             for name in networks for b in budgets}
 
 
+def operations(race, name, budget, steps=3, shown=12):
+    "Share of the time of training steps that each operation takes itself, the longest first."
+    network, loader = race.start(name, budget, 100, seed=0)
+    cuda = race.device.type == "cuda"
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda
+    race.run(network, loader, 2)
+    with profile(activities=activities) as prof: race.run(network, loader, steps)
+    times = {e.key: e.self_device_time_total if cuda else e.self_cpu_time_total
+             for e in prof.key_averages()}
+    longest = sorted(times, key=times.get, reverse=True)[:shown]
+    return {k: times[k] / sum(times.values()) for k in longest}
+
+
 def train_and_test(race, name, budget, seed, seconds, rate):
     "One run: as many steps as fit, and the test at their end."
     batch_size = race.start(name, budget, 1, seed)[1].cfg.batch_size
@@ -299,6 +313,9 @@ def main():
     needed = [n for n in NAMES if n in a.networks or n == "plain ConvNet"]  # it sets the time
     rates = images_per_s(race, needed, a.budgets, a.probe)
     print("images/s:", {f"{n}, {b}": round(r) for (n, b), r in rates.items()}, flush=True)
+    shares = {n: operations(race, n, a.budgets[0]) for n in needed}
+    def write(): common.write_result(
+        name, **where, summary=summarize(runs), runs=runs, operations=shares)
     done = {(r["network"], r["budget"], r["seed"]) for r in runs}
     for budget in sorted(a.budgets):
         seconds = next((r["wanted_seconds"] for r in runs if r["budget"] == budget),
@@ -307,11 +324,13 @@ def main():
             if (network, budget, seed) in done or time.monotonic() > end: continue
             r = train_and_test(race, network, budget, seed, seconds, rates[network, budget])
             runs.append(r | dict(commit=where["commit"]))
-            common.write_result(name, **where, summary=summarize(runs), runs=runs)
+            write()
             print(f"{network}, {budget:g}, seed {seed}: {r['epochs']:.1f} epochs in "
                   f"{r['seconds']:.0f} s, test {r['test_top1']:.2%}, with six views "
                   f"{r['test_top1_tta']:.2%}", flush=True)
-    if runs: draw(runs, result_path(name, ".png"))
+    if runs:
+        write()
+        draw(runs, result_path(name, ".png"))
     print(result_path(name))
 
 
