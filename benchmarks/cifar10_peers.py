@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from common import Steps, interleaved, make_parser, result_path
+from matplotlib.ticker import PercentFormatter
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -269,22 +270,24 @@ def summarize(runs):
 
 
 def draw(runs, path):
-    "Test accuracy over seconds of training: a point for each run, a line through the means."
+    "Test accuracy over minutes of training: a point for each run, a line through the means."
     fig, ax = plt.subplots(figsize=(7, 3.8), layout="constrained")
     for i, name in enumerate(NAMES):
-        rows = sorted((s for s in summarize(runs) if s["network"] == name),
-                      key=lambda s: s["seconds"])
-        if not rows: continue
-        seconds = [s["seconds"] for s in rows]
-        ax.plot(seconds, [s["test_top1_tta"] for s in rows], "o-", color=f"C{i}",
+        mine = [r for r in runs if r["network"] == name]
+        if not mine: continue
+        rows = sorted(summarize(mine), key=lambda s: s["seconds"])
+        minutes = [s["seconds"] / 60 for s in rows]
+        ax.plot(minutes, [s["test_top1_tta"] for s in rows], "o-", color=f"C{i}",
                 label=f"{name}, {rows[0]['gmacs'] * 1e3:.0f} million multiply-adds")
-        ax.plot(seconds, [s["test_top1"] for s in rows], ":", color=f"C{i}")
-        ax.plot([r["seconds"] for r in runs if r["network"] == name],
-                [r["test_top1_tta"] for r in runs if r["network"] == name], ".", color=f"C{i}")
-    ax.set(xscale="log", xlabel="seconds of training", ylabel="test accuracy",
-           title="CIFAR-10 from scratch; dotted: without test-time augmentation")
-    ax.grid(alpha=.3, which="both")
-    ax.legend(fontsize=8)
+        ax.plot(minutes, [s["test_top1"] for s in rows], "o:", mfc="none", color=f"C{i}")
+        for key in ("test_top1", "test_top1_tta"):
+            ax.plot([r["seconds"] / 60 for r in mine], [r[key] for r in mine], ".",
+                    ms=4, color=f"C{i}")
+    ax.set(xlim=(0, 1.1 * ax.get_xlim()[1]), xlabel="minutes of training", ylabel="test accuracy",
+           title="CIFAR-10 from scratch; hollow: without test-time augmentation")
+    ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    ax.grid(alpha=.3)
+    ax.legend(fontsize=8, loc="lower right")
     fig.savefig(path, dpi=110)
 
 

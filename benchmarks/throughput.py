@@ -330,7 +330,7 @@ def draw(rows, title, path):
     "A panel for each mode, a row for each setting, a mark for each network: images a second."
     titles = list(dict.fromkeys(map(title_of, rows)))
     modes, labels = list(dict.fromkeys(r["mode"] for r in rows)), labels_of(rows)
-    size = (2.2 + 4.4 * len(modes), 1.6 + .36 * len(titles))
+    size = (max(11, 2.2 + 4.4 * len(modes)), 1.6 + .36 * len(titles))
     fig, axes = plt.subplots(1, len(modes), figsize=size, layout="constrained", sharey=True,
                              squeeze=False)
     for ax, mode in zip(axes[0], modes):
