@@ -11,6 +11,14 @@ PYTEST ?= $(BIN)/python -m pytest -q -ra -n 2 --dist worksteal -o tmp_path_reten
 # What an import compiles is kept: installing goes without compiling all of 6 GB.
 export PYTHONDONTWRITEBYTECODE =
 
+# uv installs in a third of pip's time. It does not read pip's settings: it is told pip's constraints,
+# and where it fails (a mirror that pip alone knows), pip installs.
+PIP     = $(BIN)/python -m pip
+INSTALL = { $(PIP) install --quiet uv && \
+	UV_CONSTRAINT="$$($(PIP) config list | sed -n "s/.*\.constraint='\(.*\)'/\1/p")" \
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -e '$(1)' || \
+	$(PIP) install --quiet --no-compile -e '$(1)'; }
+
 .DEFAULT_GOAL := help
 .PHONY: help train lab test lint export readme book gpu clean
 
@@ -23,11 +31,11 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: settings.ini setup.py | $(BIN)/python
-	$(BIN)/python -m pip install --quiet -e .
+	$(call INSTALL,.)
 	@touch $@
 
 $(VENV)/.installed-dev: settings.ini setup.py | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --no-compile -e '.[dev]'
+	$(call INSTALL,.[dev])
 	@touch $@ $(VENV)/.installed
 
 train: $(VENV)/.installed  ## train on the embedded digits; ARGS="--dataset cifar10 --epochs 30" trains on something else

@@ -177,12 +177,12 @@ def run_study(a, name, settings, keys, wanted, train_one, summarize, describe):
 
 def finished(todo, train_one, a):
     """`train_one(*item, a)` for every item, as they end. An item leaves `todo` when it begins, and
-    after `a.minutes` none does. On a CPU as many at once as there are cores, a thread each, unless
-    `a.jobs` says how many."""
-    jobs = len(os.sched_getaffinity(0)) if a.device == "cpu" else 1
-    jobs = getattr(a, "jobs", None) or jobs
+    after `a.minutes` none does. On a CPU as many at once as there are cores, unless `a.jobs` says
+    how many; they share the cores."""
+    cores = len(os.sched_getaffinity(0))
+    jobs = getattr(a, "jobs", None) or (cores if a.device == "cpu" else 1)
     end, going, spawn = time.monotonic() + 60 * a.minutes, set(), get_context("spawn")
-    with ProcessPoolExecutor(jobs, spawn, torch.set_num_threads, (1,)) as pool:
+    with ProcessPoolExecutor(jobs, spawn, torch.set_num_threads, (max(1, cores // jobs),)) as pool:
         while True:
             while todo and len(going) < jobs and time.monotonic() < end:
                 going.add(pool.submit(train_one, *todo.pop(0), a))
