@@ -1,4 +1,4 @@
-r"""CIFAR-10 against the clock: our presets beside a plain ConvNet and a ResNet-18, in equal time.
+r"""CIFAR-10 against the clock: our presets beside plain ConvNets and a ResNet-18, in equal time.
 
     python benchmarks/cifar10_peers.py --data_dir TREE [--budgets .5 1.9] [--seeds 3]
     python benchmarks/cifar10_peers.py --data_dir TREE --networks ConvNeXt "plain ConvNet"
@@ -8,6 +8,7 @@ r"""CIFAR-10 against the clock: our presets beside a plain ConvNet and a ResNet-
   (arXiv 2404.00498, sections 2 and 3) and, for Muon's rates, from its author's later recipe:
   a whitened 2x2 convolution, three groups of two 3x3 convolutions with BatchNorm, GELU and
   max-pooling, 64, 256 and 256 wide; batches of 1,000.
+- narrow ConvNet: the same, half as wide, so that an image costs about what it costs ours.
 - ResNet-18: torchvision's with a 3x3 stem and no max-pooling (He et al. 2016, as is usual for
   32x32 images); SGD with Nesterov's momentum, weight decay 5e-4, one cycle up to .1.
 
@@ -24,6 +25,7 @@ import statistics
 import time
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 
 import common
 import matplotlib.pyplot as plt
@@ -49,7 +51,7 @@ from convnext_nb.train import (
 )
 
 OURS = {.5: "cifar10-fast", 1.9: "cifar10-fast", 8: "cifar10"}  # budget -> preset
-NAMES = ["ConvNeXt", "plain ConvNet", "ResNet-18"]
+NAMES = ["ConvNeXt", "plain ConvNet", "narrow ConvNet", "ResNet-18"]
 
 
 class Group(nn.Module):
@@ -71,11 +73,11 @@ class Group(nn.Module):
 
 class PlainConvNet(nn.Module):
     "The network of airbench94: (N, 3, 32, 32) -> (N, 10)."
-    def __init__(self, images):  # some training images, to whiten
+    def __init__(self, images, widths):  # some training images, to whiten
         super().__init__()
         self.whiten = nn.Conv2d(3, 24, 2)
-        self.groups = nn.Sequential(Group(24, 64), Group(64, 256), Group(256, 256))
-        self.fc = nn.Linear(256, 10, bias=False)
+        self.groups = nn.Sequential(*(Group(*pair) for pair in pairwise([24, *widths])))
+        self.fc = nn.Linear(widths[-1], 10, bias=False)
         self.fc.weight.data.div_(self.fc.weight.std())
         patches = F.unfold(images, 2).transpose(1, 2).flatten(0, 1)  # (n, 12)
         values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
@@ -107,9 +109,10 @@ class NormalizedMuon:
 class Plain:
     "The plain ConvNet, and how it learns: Muon on filters, SGD on the rest, rates to zero."
     data = dict(batch_size=1000, max_shift=2, alternate_flip=True)
+    widths = 64, 256, 256
 
     def __init__(self, images, steps, epoch_steps, device):
-        self.model, self.steps = PlainConvNet(images).to(device), steps
+        self.model, self.steps = PlainConvNet(images, self.widths).to(device), steps
         self.model.to(memory_format=torch.channels_last)
         named, decay = dict(self.model.named_parameters()), 2e-6 * self.data["batch_size"]
         biases = [p for n, p in named.items() if ".norms." in n and p.requires_grad]
@@ -128,6 +131,9 @@ class Plain:
         self.sgd.step()
         self.muon.step(1 - i / self.steps)
         self.model.zero_grad()
+
+
+class Narrow(Plain): widths = 32, 128, 128
 
 
 class ResNet18:
@@ -195,7 +201,7 @@ class Race:
         if name == "ConvNeXt":
             cfg = preset(OURS[budget], amp_dtype=self.dtype, **device)
             return Ours(cfg, self.info, steps, self.device), self.loader(cfg)
-        kind = dict(zip(NAMES[1:], (Plain, ResNet18)))[name]
+        kind = dict(zip(NAMES[1:], (Plain, Narrow, ResNet18)))[name]
         loader = self.loader(DataConfig(**kind.data, **device))
         plain_views = DataConfig(batch_size=5000, augment=False, **device)
         sample = next(iter(self.loader(plain_views)))[0]

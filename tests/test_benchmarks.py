@@ -85,11 +85,12 @@ def test_peers_race_and_go_on(benchmarks, tmp_path):
                   1, "--probe", 8, "--largest_batch", 8, "--name", "tiny", "--budgets", *budgets)
         return read(benchmarks)
     r = race(.5)
-    assert {s["network"] for s in r["summary"]} == {"ConvNeXt", "plain ConvNet", "ResNet-18"}
+    assert {s["network"] for s in r["summary"]} == {
+        "ConvNeXt", "plain ConvNet", "narrow ConvNet", "ResNet-18"}
     for s in r["runs"]:
         assert s["steps"] >= 1 and 0 <= s["test_top1_tta"] <= 1 and s["gmacs"] > .01
     again = race(.5, 1.9)
-    assert again["runs"][:3] == r["runs"] and len(again["runs"]) == 6
+    assert again["runs"][:4] == r["runs"] and len(again["runs"]) == 8
 
 
 def test_search_adds_a_run(benchmarks, ten_classes):
