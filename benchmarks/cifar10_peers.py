@@ -175,7 +175,8 @@ class Ours:
 class Race:
     "What all networks share: the images, the device, the precision."
     def __init__(self, a):
-        self.device, self.dtype = pick_device(a.device), a.amp_dtype
+        self.device = pick_device(a.device)
+        self.dtype = common.amp_dtype(a, self.device)
         self.largest_batch = a.largest_batch
         where = dict(dataset="imagefolder", data_dir=a.data_dir) if a.data_dir else {}
         cfg = DataConfig(**dict(dataset="cifar10") | where)
@@ -307,7 +308,7 @@ def read_options():
     add("--probe", type=int, default=2000, help="images in a round of measuring speed")
     add("--largest_batch", type=int, default=10000, help="cut larger ones, to try the script")
     add("--minutes", type=float, default=math.inf, help="begin no run after so many")
-    add("--amp_dtype", default="float32", help="of all networks (default: float32)")
+    add("--amp_dtype", help="of all networks (default: bfloat16 if it is fast, else float32)")
     return parser.parse_args()
 
 

@@ -15,7 +15,7 @@ import statistics
 from dataclasses import fields
 from pathlib import Path
 
-from common import make_parser, result_path, run_study, train_on_cifar10
+from common import amp_dtype, make_parser, result_path, run_study, train_on_cifar10
 
 from convnext_nb.data import pick_device
 from convnext_nb.model import count_macs, count_params
@@ -90,13 +90,14 @@ def read_options():
     add("--seeds", type=int, default=1, help="number of seeds, from 0")
     add("--jobs", type=int, help="runs at once (default: a CPU: one on each core; a GPU: 1)")
     add("--minutes", type=float, default=math.inf, help="begin no run after so many")
-    add("--amp_dtype", help="default: bfloat16 on CUDA, else float32")
+    add("--amp_dtype", help="default: bfloat16 if it is fast, else float32")
     return parser.parse_args()
 
 
 def main():
     a = read_options()
-    a.device = pick_device(a.device).type
+    device = pick_device(a.device)
+    a.device, a.amp_dtype = device.type, amp_dtype(a, device)
     name = a.name or f"cifar10_recipes_{a.device}"
     changes = a.changes + (a.file.read_text().splitlines() if a.file else [])
     for change in changes: read_change(change)

@@ -22,7 +22,7 @@ import torchvision
 import convnext_nb
 from convnext_nb.data import DataConfig, MemoryLoader, hold_out, load_splits, stratified_split
 from convnext_nb.pretrained import atomic_write
-from convnext_nb.train import Run, fit
+from convnext_nb.train import Run, fast_bfloat16, fit
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -36,11 +36,14 @@ def make_parser(doc, result, **options) -> ArgumentParser:
 
 
 def cpu_name():
-    "Name of the processor, where the system tells."
+    "Name of the processor, and its family and model where the system tells."
     try: lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError: lines = []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+    # a cloud's "AMD EPYC" may be any of several
+    facts = dict(map(str.strip, line.split(":", 1)) for line in lines if ":" in line)
+    name = facts.get("model name", platform.processor())
+    if "cpu family" not in facts: return name
+    return f"{name}, family {facts['cpu family']}, model {facts['model']}"
 
 
 def git(*args):
@@ -79,6 +82,11 @@ def write_result(name, **result) -> Path:
     path, text = result_path(name), json.dumps(result, indent=1) + "\n"
     atomic_write(path, lambda tmp: tmp.write_text(text))
     return path
+
+
+def amp_dtype(a, device):
+    "Name of the precision that --amp_dtype names, else of the one that training has by default."
+    return a.amp_dtype or ("bfloat16" if fast_bfloat16(device) else "float32")
 
 
 def autocast(device, dtype):

@@ -22,6 +22,7 @@ import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from common import (
+    amp_dtype,
     autocast,
     environment,
     interleaved,
@@ -145,8 +146,7 @@ def race(a, device, dtype):
 
 def measure_speed(a, device):
     "Images per second of every rung, forward and training step, and their ratio to the first's."
-    dtype = a.amp_dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    seconds, rows = race(a, device, getattr(torch, dtype)), []
+    seconds, rows = race(a, device, getattr(torch, a.amp_dtype)), []
     for (rung, mode), mine in seconds.items():
         first = seconds[LADDER[0].name, mode]
         rows.append(dict(
@@ -156,7 +156,7 @@ def measure_speed(a, device):
     for r in rows:
         print(f"{r['mode']:14} {r['rung']:24} {r['images_per_s']:8.1f} images/s  "
               f"{r['ratio']:.3f} [{r['low']:.3f}, {r['high']:.3f}]")
-    config = dict(image_size=a.image_size, batch_size=a.batch_size, dtype=dtype,
+    config = dict(image_size=a.image_size, batch_size=a.batch_size, dtype=a.amp_dtype,
                   memory_format="channels_last", rounds=len(mine), scale=a.scale, depth=a.depth)
     return write_result(a.name, **environment(device), config=config, settings=rows)
 
@@ -187,7 +187,7 @@ def read_options():
     add("--only", nargs="+", help="only these rungs, by name")
     add("--minutes", type=float, default=math.inf,
         help="begin no run, and no further round, after so many")
-    add("--amp_dtype", help="default: bfloat16 on a GPU, float32 on a CPU")
+    add("--amp_dtype", help="default: bfloat16 if it is fast, else float32")
     add("--speed", action="store_true", help="measure images per second; no data are needed")
     add("--image_size", type=int, default=224, help="with --speed")
     add("--rounds", type=int, default=15, help="with --speed")
@@ -197,7 +197,7 @@ def read_options():
 def main():
     a = read_options()
     device = pick_device(a.device)
-    a.device = device.type
+    a.device, a.amp_dtype = device.type, amp_dtype(a, device)
     batch_size = 64 if not a.speed else 128 if device.type == "cuda" else 4
     defaults = dict(
         scale=1. if a.speed else .25, depth=1. if a.speed else 1 / 3, batch_size=batch_size,
