@@ -14,11 +14,12 @@ r"""CIFAR-10 against the clock: our presets beside plain ConvNets and a ResNet-1
 
 A budget is the time that the plain ConvNet takes for so many passes over the 50,000 training
 images on this machine: .5, 1.9 and 8 (its own recipe). How many steps of each network fit is
-measured first, in turns, and again by each run for those after it; then every network trains with every budget and seed, in a random order,
-and is tested once, at the end, plain and with our six views of equal weight. Each network has the
-crops and flips of its recipe. `operations` in the result says where the time of a step goes. Runs
-that the result already holds, of this machine and precision and of the presets as they are, are not
-done again, and their budgets stand. Writes <name>.json and <name>.png into benchmarks/results.
+measured first, in turns, and by each run for those after it. Every network trains with every budget
+and seed, in a random order, and is tested once, at the end, plain and with our six views of equal
+weight. Each network has the crops and flips of its recipe. `operations` in the result says where
+the time of a step goes. Runs that the result already holds, of this machine and precision and of
+the presets as they are, are not done again, and their budgets stand. Writes <name>.json and
+<name>.png into benchmarks/results.
 """
 import math
 import statistics
