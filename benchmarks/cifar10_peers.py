@@ -319,12 +319,14 @@ def main():
     race = Race(a)
     name = a.name or f"cifar10_peers_{race.device.type}"
     where = common.environment(race.device, a.data_dir)
-    end, runs = time.monotonic() + 60 * a.minutes, common.read_result(name).get("runs", [])
-    runs = [r for r in runs if r["recipe"] == race.recipe(r["network"], r["budget"])]
+    end, old = time.monotonic() + 60 * a.minutes, common.read_result(name)
+    runs = [r for r in old.get("runs", [])
+            if r["recipe"] == race.recipe(r["network"], r["budget"])]
     needed = [n for n in NAMES if n in a.networks or n == "plain ConvNet"]  # it sets the time
     rates = images_per_s(race, needed, a.budgets, a.probe)
     print("images/s:", {f"{n}, {b}": round(r) for (n, b), r in rates.items()}, flush=True)
-    shares = {n: operations(race, n, a.budgets[0]) for n in needed}
+    shares = old["operations"] if runs else {}
+    shares |= {n: operations(race, n, a.budgets[0]) for n in needed}
     def write(): common.write_result(
         name, **where, summary=summarize(runs), runs=runs, operations=shares)
     done = {(r["network"], r["budget"], r["seed"]) for r in runs}
