@@ -34,7 +34,6 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from common import Steps, interleaved, make_parser, result_path
-from matplotlib.ticker import PercentFormatter
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -278,22 +277,29 @@ def summarize(runs):
 
 
 def draw(runs, path):
-    "Test accuracy over minutes of training: a point for each run, a line through the means."
+    """Test accuracy over minutes of training: a point for each run, a line through the means. The
+    axis is the logarithm of the error."""
     fig, ax = plt.subplots(figsize=(7, 3.8), layout="constrained")
     for i, name in enumerate(NAMES):
         mine = [r for r in runs if r["network"] == name]
         if not mine: continue
         rows = sorted(summarize(mine), key=lambda s: s["seconds"])
         minutes = [s["seconds"] / 60 for s in rows]
-        ax.plot(minutes, [s["test_top1_tta"] for s in rows], "o-", color=f"C{i}",
+        ax.plot(minutes, [1 - s["test_top1_tta"] for s in rows], "o-", color=f"C{i}",
                 label=f"{name}, {rows[0]['gmacs'] * 1e3:.0f} million multiply-adds")
-        ax.plot(minutes, [s["test_top1"] for s in rows], "o:", mfc="none", color=f"C{i}")
+        ax.plot(minutes, [1 - s["test_top1"] for s in rows], "o:", mfc="none", color=f"C{i}")
         for key in ("test_top1", "test_top1_tta"):
-            ax.plot([r["seconds"] / 60 for r in mine], [r[key] for r in mine], ".",
+            ax.plot([r["seconds"] / 60 for r in mine], [1 - r[key] for r in mine], ".",
                     ms=4, color=f"C{i}")
+    ax.set_yscale("log")
+    errors = [1 - r[key] for r in runs for key in ("test_top1", "test_top1_tta")]
+    ticks = [e for e in (.9, .7, .5, .3, .2, .14, .1, .08, .06, .05, .04, .03, .02, .01)
+             if min(errors) / 1.2 < e < max(errors) * 1.2]
+    ax.set_yticks(ticks, [f"{1 - e:.0%}" for e in ticks])
+    ax.minorticks_off()
+    ax.invert_yaxis()
     ax.set(xlim=(0, 1.1 * ax.get_xlim()[1]), xlabel="minutes of training", ylabel="test accuracy",
            title="CIFAR-10 from scratch; hollow: without test-time augmentation")
-    ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     ax.grid(alpha=.3)
     ax.legend(fontsize=8, loc="lower right")
     fig.savefig(path, dpi=110)
