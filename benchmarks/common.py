@@ -22,7 +22,7 @@ import torchvision
 import convnext_nb
 from convnext_nb.data import DataConfig, MemoryLoader, hold_out, load_splits, stratified_split
 from convnext_nb.pretrained import atomic_write
-from convnext_nb.train import Run, fast_bfloat16, fit
+from convnext_nb.train import Run, _fast_bfloat16, fit
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -86,7 +86,7 @@ def write_result(name, **result) -> Path:
 
 def amp_dtype(a, device):
     "Name of the precision that --amp_dtype names, else of the one that training has by default."
-    return a.amp_dtype or ("bfloat16" if fast_bfloat16(device) else "float32")
+    return a.amp_dtype or ("bfloat16" if _fast_bfloat16(device) else "float32")
 
 
 def autocast(device, dtype):
