@@ -4,6 +4,7 @@ import os
 import re
 import runpy
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -164,6 +165,16 @@ def test_api_page_shows_parameters(browser, address):
         assert not wrong
 
 
+def wait_for(url, seconds=60):
+    "Until the server listens: on a busy machine it tells its address before it does."
+    end = time.monotonic() + seconds
+    while True:
+        try: return socket.create_connection((url.hostname, url.port), timeout=5).close()
+        except OSError:
+            if time.monotonic() > end: raise
+            time.sleep(.2)
+
+
 @pytest.fixture
 def lab(tmp_path):
     "JupyterLab on a folder with chapter 00; its address."
@@ -177,6 +188,7 @@ def lab(tmp_path):
         words = (word for line in process.stderr for word in line.split())
         url = next(word for word in words if word.startswith("http://127"))
         Thread(target=process.stderr.read, daemon=True).start()  # so that the pipe never fills
+        wait_for(urlsplit(url))
         yield url
         process.terminate()
 
