@@ -92,10 +92,11 @@ def _onednn_takes(x):
     if x.dtype == torch.bfloat16: return torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return x.dtype == torch.float32
 
-def _onednn_linear(x, fc, act):
-    "The layer `fc`, then `act`, in one pass."
+def _onednn_linear(x, fc, act="none", shortcut=None):
+    "The layer `fc`, then `act` or the sum with `shortcut`, in one pass."
     weight, bias = fc.weight.to(x.dtype), fc.bias.to(x.dtype)
-    return _LINEAR_POINTWISE(x, weight, bias, act, [], "none")
+    if shortcut is None: return _LINEAR_POINTWISE(x, weight, bias, act, [], "none")
+    return _LINEAR_POINTWISE.binary(x, shortcut, weight, bias, "add")
 
 # %% ../nbs/07_accelerate.ipynb #17c05912
 class _Pointwise(torch.autograd.Function):
@@ -134,7 +135,10 @@ class CPUBlock(ConvNeXtBlock):
         if fuse and _onednn_takes(x):
             y = self.conv_dw(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
             y = _onednn_linear(self.norm(y), self.mlp.fc1, "gelu")
-            y = _onednn_linear(y, self.mlp.fc2, "none")         # (N, H, W, C)
+            if self.gamma is None:                              # as in a folded network
+                x = _onednn_linear(y, self.mlp.fc2, shortcut=x)
+                return x.permute(0, 3, 1, 2)                    # (N, C, H, W)
+            y = _onednn_linear(y, self.mlp.fc2)                 # (N, H, W, C)
         else:
             if self.conv_dw.kernel_size[0] < 5:
                 y = self.conv_dw(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
@@ -162,8 +166,8 @@ PLAIN_CLASS = {c: plain for (plain, _), cs in FAST_CLASSES.items() for c in cs}
 
 # %% ../nbs/07_accelerate.ipynb #62400959
 _BLOCK_PARTS = {
-    nn.Conv2d, nn.LayerNorm, BatchNormLast, nn.Sequential, PointwiseLinear, nn.GELU,
-    GRN, DropPath}
+    nn.Conv2d, nn.LayerNorm, BatchNormLast, nn.Identity, nn.Sequential,
+    PointwiseLinear, nn.GELU, GRN, DropPath}
 
 def _has_hook(m):
     return any((m._forward_hooks, m._forward_pre_hooks,
@@ -186,7 +190,7 @@ def candidates(
     if type(m) not in PLAIN_CLASS.values() or not _is_standard(m): return ()
     device = _device(m)
     if device.type == "cuda":
-        layer_norms = not isinstance(getattr(m, "norm", None), BatchNormLast)
+        layer_norms = isinstance(getattr(m, "norm", m), nn.LayerNorm)
         if triton is None or not layer_norms: return ()
         if torch.cuda.get_device_capability(device) < (8, 0): return ()
     return FAST_CLASSES.get((type(m), device.type), ())
