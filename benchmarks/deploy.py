@@ -66,23 +66,36 @@ NETWORKS = {
 }
 
 
-def write_files(model, size, folder, dtypes):
-    "All files of a model."
-    net = create_model(model).eval()
-    net.pretrained_cfg = dict(input_size=(3, size, size))
-    deploy.export_model(net, folder / "ours.onnx")
-    for dtype in dtypes:
-        deploy.export_model(net, folder / f"ours_{dtype}.pt2", half=dtype == "bfloat16")
+def write_timm(model, size, path):
+    "timm's network by torch's exporter."
+    net, x = timm.create_model(model).eval(), torch.randn(2, 3, size, size)
+    with deploy._quiet():
+        program = torch.onnx.export(net, (x,), dynamo=True, verbose=False,
+                                    dynamic_shapes=({0: torch.export.Dim("batch")},))
+        program.save(path)
+
+
+def noise(n, size):
+    "Images to calibrate with where accuracy does not matter."
     rng = np.random.default_rng(0)
-    images = [Image.fromarray(rng.integers(0, 256, (size, size, 3), np.uint8)) for _ in range(32)]
+    arrays = rng.integers(0, 256, (n, size, size, 3), np.uint8)
+    return [Image.fromarray(x) for x in arrays]
+
+
+def write_files(a, model, folder):
+    "The files that the networks of a model are read from."
+    net = create_model(model).eval()
+    net.pretrained_cfg = dict(input_size=(3, a.size, a.size))
     # random weights and images: whether the classes agree means nothing here
     deploy._compare_int8 = lambda *_: {}
-    deploy.export_model(net, folder / "int8.onnx", calibrate=images)
-    theirs, x = timm.create_model(model).eval(), torch.randn(2, 3, size, size)
-    with deploy._quiet():
-        torch.onnx.export(theirs, (x,), dynamo=True, verbose=False,
-                          dynamic_shapes=({0: torch.export.Dim("batch")},),
-                          ).save(folder / "timm.onnx")
+    write = {"timm.onnx": lambda path: write_timm(model, a.size, path),
+             "int8.onnx": lambda path: deploy.export_model(net, path,
+                                                           calibrate=noise(32, a.size))}
+    paths = {NETWORKS[k][1].format(dtype=d) for d in a.dtypes for k in a.networks
+             if NETWORKS[k][1]}
+    for name in sorted(paths):
+        def ours(path): deploy.export_model(net, path, half="bfloat16" in path.name)
+        write.get(name, ours)(folder / name)
 
 
 class Worker:
@@ -119,13 +132,14 @@ class Worker:
     def __exit__(self, *_): self.process.kill(), self.process.wait()
 
 
-def start_workers(stack, folder, model, dtype, threads, size):
+def start_workers(stack, a, folder, model, dtype, threads):
     "A worker for each network that has this dtype."
     workers = {}
-    for label, (kind, path, dtypes) in NETWORKS.items():
+    for label in a.networks:
+        kind, path, dtypes = NETWORKS[label]
         if dtypes not in ("both", dtype): continue
         path = path and str(folder / path.format(dtype=dtype))
-        w = Worker(kind=kind, path=path, model=model, dtype=dtype, threads=threads, size=size)
+        w = Worker(kind=kind, path=path, model=model, dtype=dtype, threads=threads, size=a.size)
         workers[label] = stack.enter_context(w)
         if path: w.facts["file_mb"] = Path(path).stat().st_size / 1e6
     return workers
@@ -182,6 +196,7 @@ def read_options():
     add("--batches", nargs="+", type=int, default=[1, 8])
     add("--threads", nargs="+", type=int, default=[len(os.sched_getaffinity(0))])
     add("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
+    add("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
     add("--rounds", type=int, default=9)
     add("--seconds", type=float, default=60, help="in each setting no round begins after these")
     add("--burst", type=float, default=.4, help="seconds of a network's turn")
@@ -198,10 +213,10 @@ def main():
     if a.more and path.exists(): rows = json.loads(path.read_text())["settings"]
     for model in a.models:
         with tempfile.TemporaryDirectory() as folder:
-            write_files(model, a.size, Path(folder), a.dtypes)
+            write_files(a, model, Path(folder))
             for dtype, threads in itertools.product(a.dtypes, a.threads):
                 with ExitStack() as stack:
-                    workers = start_workers(stack, Path(folder), model, dtype, threads, a.size)
+                    workers = start_workers(stack, a, Path(folder), model, dtype, threads)
                     for batch in a.batches:
                         key = dict(model=model, dtype=dtype, threads=threads, batch=batch)
                         row = key | measure(a, workers, batch)

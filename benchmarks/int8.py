@@ -63,11 +63,11 @@ def quantize(change, path, arrays, original=deploy._quantize):
     original(path, arrays, **change)
 
 
-def files(net, images, folder):
+def files(net, images, folder, variants):
     "label -> file: float32, every variant of int8, and the dynamic one."
     paths = {"float32": folder / "float32.onnx"}
     deploy.export_model(net, paths["float32"])
-    for i, (label, change) in enumerate(VARIANTS.items()):
+    for i, (label, change) in enumerate(variants.items()):
         paths[label] = folder / f"{i}.onnx"
         deploy._quantize = partial(quantize, change)
         deploy._compare_int8 = lambda *_: {}  # a bad variant is measured too
@@ -98,13 +98,14 @@ def bfloat16(net):
 def study(a, kind, folder):
     "Rows of one network."
     cfg = preset("cifar10-fast", dataset="imagefolder", data_dir=a.data_dir, device="cpu",
-                 seed=a.seed, epochs=a.epochs, warmup_epochs=a.epochs / 10,
+                 batch_size=a.batch_size, seed=a.seed, epochs=a.epochs, warmup_epochs=a.epochs / 10,
                  out=str(folder / "run"), **KINDS[kind])
     train(cfg)
     net = deploy.load_model(folder / "run" / "best.safetensors").eval()
     train_dl, *loaders = create_loaders(cfg)
     sample = train_dl.images[::len(train_dl.images) // 256][:256]
-    paths = files(net, [Image.fromarray(x.numpy()) for x in sample], folder)
+    paths = files(net, [Image.fromarray(x.numpy()) for x in sample], folder,
+                  {k: VARIANTS[k] for k in a.variants})
     runs = {k: deploy.load_exported(p, torch.get_num_threads()) for k, p in paths.items()}
     def accuracy(m): return [evaluate(m, dl)["top1"] for dl in loaders]
     torch.manual_seed(0)
@@ -119,7 +120,9 @@ def main():
     add = parser.add_argument
     add("--data_dir", required=True, help="imagefolder tree of CIFAR-10")
     add("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
+    add("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     add("--epochs", type=int, default=5)
+    add("--batch_size", type=int, default=256)
     add("--rounds", type=int, default=9)
     add("--seed", type=int, default=0)
     a = parser.parse_args()

@@ -1,5 +1,6 @@
 "The web edition and a chapter in JupyterLab, in a real browser: the system's Chromium."
 import html
+import json
 import os
 import re
 import runpy
@@ -7,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tarfile
 import time
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -16,9 +18,15 @@ from urllib.parse import unquote, urlsplit
 
 import nbformat
 import pytest
+import torch
 from filelock import FileLock
 from helpers import ROOT, Fresh
+from PIL import Image
 from playwright.sync_api import expect, sync_playwright
+
+from convnext_nb.blocks import randomize
+from convnext_nb.deploy import export_model, load_exported
+from convnext_nb.model import ConvNeXt
 
 CHAPTERS = sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))
 NAMES = "chromium", "chromium-browser", "google-chrome"
@@ -214,3 +222,56 @@ def test_run_all_in_jupyterlab(browser, lab, tmp_path):
 
 def errors(cells):
     return [o for c in cells for o in c.outputs if o.output_type == "error"]
+
+
+PAGE = """<!doctype html><link rel="icon" href="data:,">{snippet}
+<script>
+async function ask(pixels) {{
+  ort.env.wasm.numThreads = 1;
+  return Array.from(await classify("net.onnx", new Uint8Array(pixels), 32, 32));
+}}
+</script>"""
+
+
+@pytest.fixture(scope="module")
+def onnxruntime_web(tmp_path_factory):
+    "The files of ONNX Runtime Web, from the registry that npm knows."
+    folder = tmp_path_factory.mktemp("web")
+    npm = shutil.which("npm")
+    if not npm: pytest.skip("needs npm")
+    p = subprocess.run([npm, "pack", "onnxruntime-web@1.30.0"], cwd=folder, timeout=120,
+                       capture_output=True, text=True)
+    if p.returncode: pytest.skip(f"npm cannot get onnxruntime-web: {p.stderr[-100:]}")
+    with tarfile.open(next(folder.glob("*.tgz"))) as tar: tar.extractall(folder, filter="data")
+    return folder / "package" / "dist"
+
+
+@browser_test
+def test_the_chapters_page_answers_as_python_does(browser, onnxruntime_web):
+    "Int8 and float32 files of chapter 09 in ONNX Runtime Web."
+    chapter = (ROOT / "nbs" / "09_deploy.ipynb").read_text()
+    text = next("".join(c["source"]) for c in json.loads(chapter)["cells"]
+                if "```html" in "".join(c["source"]))
+    snippet = re.search("```html\n(.*?)```", text, re.S)[1]
+    (onnxruntime_web / "index.html").write_text(PAGE.format(snippet=snippet))
+    net = randomize(ConvNeXt(depths=(1, 1), dims=(16, 32), patch_size=2, num_classes=10)).eval()
+    net.pretrained_cfg = dict(input_size=(3, 32, 32), crop_pct=1.)
+    g = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (1, 32, 32, 3), generator=g, dtype=torch.uint8)
+    pictures = torch.randint(256, (32, 32, 32, 3), generator=g, dtype=torch.uint8)
+    images = [Image.fromarray(x.numpy()) for x in pictures]
+    serve = partial(Quiet, directory=onnxruntime_web)
+    with ThreadingHTTPServer(("127.0.0.1", 0), serve) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        for int8 in (False, True):
+            path = onnxruntime_web / "net.onnx"
+            export_model(net, path, pixels=True, calibrate=images if int8 else None)
+            url = f"http://127.0.0.1:{server.server_port}/index.html"
+            with opened(browser, url) as (page, wrong):
+                there = page.evaluate("pixels => ask(pixels)", pixels.flatten().tolist())
+            here = load_exported(path)(pixels)[0]
+            assert not wrong
+            there = torch.tensor(there)
+            assert there.argmax() == here.argmax()
+            assert torch.allclose(there, here, atol=.02 if int8 else 1e-4)
+        server.shutdown()
