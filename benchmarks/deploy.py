@@ -168,7 +168,7 @@ def draw(rows, path):
     "A panel for each dtype and model: how many times as fast as the fastest peer, by batch."
     rows = [r for r in rows if r["threads"] == max(r["threads"] for r in rows)]
     keys = list(dict.fromkeys((r["model"], r["dtype"]) for r in rows))
-    labels = list(dict.fromkeys(k for r in rows for k in r["networks"]))
+    labels = [k for k in NETWORKS if any(k in r["networks"] for r in rows)]
     fig, axes = plt.subplots(1, len(keys), figsize=(2 + 2.7 * len(keys), 4.6), sharey=True,
                              squeeze=False, layout="constrained")
     for ax, key in zip(axes[0], keys):
@@ -180,7 +180,7 @@ def draw(rows, path):
         ax.axvline(1, color="k", lw=.8)
         ax.set(title=f"{key[0].removeprefix('convnext_')}, {key[1]}", yticks=range(len(labels)),
                yticklabels=labels, ylim=(len(labels) - .5, -.5))
-        ax.set_xlim(left=0)
+        ax.set_xlim(0, 1.05 * ax.get_xlim()[1])
         ax.grid(alpha=.3)
     axes[0][0].legend(fontsize=8)
     fig.supxlabel("speed, in that of the fastest peer", fontsize=10)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EXPORT_FORMATS', 'fold', 'Exported', 'load_exported', 'export_model', 'main']
 
-# %% ../nbs/09_deploy.ipynb #43fd657f
+# %% ../nbs/09_deploy.ipynb #2611ea49
 import io
 import json
 import logging
@@ -32,8 +32,8 @@ from .blocks import ConvNeXtBlock
 from .formats import first_line
 from .model import ConvNeXt
 from .pretrained import (
-    IMAGE_SUFFIXES, _class_names, _image_cfg, _open_image, find_images, load_model,
-    one_line_errors, preprocessing)
+    IMAGE_SUFFIXES, _class_names, _image_cfg, _open_image, _unwrap_model, find_images,
+    load_model, one_line_errors, preprocessing)
 
 # %% ../nbs/09_deploy.ipynb #86489188
 def _affine(norm):
@@ -379,7 +379,7 @@ def _check_request(net, path, pixels, half, calibrate):
                          f"{bytes_ / 2**30:.1f}; use 16 bits or .pt2")
     _check_installed(suffix)
 
-# %% ../nbs/09_deploy.ipynb #dad6f92b
+# %% ../nbs/09_deploy.ipynb #28287916
 @contextmanager
 def _moved_at_the_end(path):
     "A temporary folder whose files called as `path` are moved there if all goes well."
@@ -394,7 +394,7 @@ def _moved_at_the_end(path):
 
 def _of_size(model, size):
     "A plain copy in eval mode whose `pretrained_cfg` says that size."
-    net = restore(deepcopy(model)).eval()
+    net = restore(deepcopy(_unwrap_model(model))).eval().to("cpu", torch.float32)
     channels, *sides = _image_cfg(net)["input_size"]
     if isinstance(size, int): sides = size, size
     cfg = getattr(net, "pretrained_cfg", None) or {}
@@ -425,9 +425,9 @@ def _write(net, path, pixels, half, dims, calibration):
     _write_openvino(onnx_path, facts, half, path)
     onnx_path.unlink()
 
-# %% ../nbs/09_deploy.ipynb #de22798c
+# %% ../nbs/09_deploy.ipynb #43bbb1a6
 def export_model(
-    model: ConvNeXt,         # with weights, on a CPU; it is not changed
+    model: ConvNeXt,         # with weights; it is not changed
     path,                    # of the file: .onnx, .pt2 (torch) or .xml (OpenVINO)
     size: int | str | None = None,  # side of the images; "dynamic": any; None: its own
     pixels: bool = False,    # uint8 (N, H, W, C) to probabilities, else as the model
@@ -436,8 +436,8 @@ def export_model(
 ) -> dict:                   # what was compared -> largest error, relative
     "Write one checked file; ValueError, ImportError or OSError, and there is none."
     path = Path(path)
-    _check_size(model, size)
-    _check_request(model, path, pixels, half, calibrate)
+    _check_size(_unwrap_model(model), size)
+    _check_request(_unwrap_model(model), path, pixels, half, calibrate)
     net, dynamic = _of_size(model, size), size == "dynamic"
     images = None if calibrate is None else _calibration_images(calibrate)
     tolerance = _HALF[path.suffix][1] if half else 1e-4
