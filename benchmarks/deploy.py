@@ -167,11 +167,12 @@ def measure(a, workers, batch):
 def draw(rows, path):
     "A panel for each dtype and model: how many times as fast as the fastest peer, by batch."
     rows = [r for r in rows if r["threads"] == max(r["threads"] for r in rows)]
-    keys = list(dict.fromkeys((r["model"], r["dtype"]) for r in rows))
+    models, dtypes = (list(dict.fromkeys(r[k] for r in rows)) for k in ("model", "dtype"))
+    keys, shape = list(itertools.product(models, dtypes)), (len(models), len(dtypes))
     labels = [k for k in NETWORKS if any(k in r["networks"] for r in rows)]
-    fig, axes = plt.subplots(1, len(keys), figsize=(2 + 2.7 * len(keys), 4.6), sharey=True,
-                             squeeze=False, layout="constrained")
-    for ax, key in zip(axes[0], keys):
+    fig, axes = plt.subplots(*shape, figsize=(2 + 3.2 * shape[1], .8 + 3.4 * shape[0]),
+                             sharey=True, squeeze=False, layout="constrained")
+    for ax, key in zip(axes.flat, keys):
         mine = [r for r in rows if (r["model"], r["dtype"]) == key]
         for i, r in enumerate(mine):
             nets = [(labels.index(k), 1 / n["ratio"]) for k, n in r["networks"].items()]
@@ -207,6 +208,7 @@ def read_options():
 def main():
     a = read_options()
     name, where, rows = a.name or "deploy_cpu", environment("cpu"), []
+    origin = {k: where[k] for k in ("command", "commit")}  # a file may hold several runs
     config = dict(size=a.size, burst=a.burst, onnxruntime=onnxruntime.__version__,
                   openvino=openvino.__version__, timm=timm.__version__)
     path = result_path(name)
@@ -219,7 +221,7 @@ def main():
                     workers = start_workers(stack, a, Path(folder), model, dtype, threads)
                     for batch in a.batches:
                         key = dict(model=model, dtype=dtype, threads=threads, batch=batch)
-                        row = key | measure(a, workers, batch)
+                        row = key | origin | measure(a, workers, batch)
                         rows = [r for r in rows if {k: r[k] for k in key} != key] + [row]
                         write_result(name, **where, config=config, settings=rows)
                         speeds = (f"{k} {1 / n['ratio']:.2f}" for k, n in row["networks"].items())

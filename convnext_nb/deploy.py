@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['EXPORT_FORMATS', 'fold', 'Exported', 'load_exported', 'export_model', 'main']
 
-# %% ../nbs/09_deploy.ipynb #2611ea49
+# %% ../nbs/09_deploy.ipynb #d82feb1a
 import io
 import json
 import logging
-import math
 import os
 import shutil
 import tempfile
@@ -124,14 +123,19 @@ class _Served(nn.Module):
         x = (x * self.std + self.mean).round().clamp(0, 255)
         return x.byte().permute(0, 2, 3, 1).contiguous()
 
-# %% ../nbs/09_deploy.ipynb #d86d8694
+# %% ../nbs/09_deploy.ipynb #551b97ba
+def _least_side(net): return 2 * net.feature_info[-1]["reduction"]
+
 def _free_dims(net, pixels, dynamic):
     "Which dimensions of the input are free: position -> name and smallest value."
     dims, sides = {0: Dim("batch")}, (1, 2) if pixels else (2, 3)
-    least = 2 * net.feature_info[-1]["reduction"]
-    if dynamic: dims |= {i: Dim(name, min=least)
+    if dynamic: dims |= {i: Dim(name, min=_least_side(net))
                          for i, name in zip(sides, ("height", "width"))}
     return dims
+
+def _traced_size(net, dynamic):
+    "Height and width of the images with which a file is made and compared."
+    return [max(n, _least_side(net) * dynamic) for n in _image_cfg(net)["input_size"][1:]]
 
 @contextmanager
 def _quiet():
@@ -223,7 +227,7 @@ def _open_openvino(path, threads, dtype):
     facts = facts["convnext_nb"].items() if "convnext_nb" in facts else ()
     return lambda x: compiled(x.numpy())[0], {k: v.astype(str) for k, v in facts}
 
-# %% ../nbs/09_deploy.ipynb #e8358b97
+# %% ../nbs/09_deploy.ipynb #d509c17e
 class Exported(nn.Module):
     """A file that `export_model` wrote, for a CPU.
 
@@ -245,21 +249,30 @@ class Exported(nn.Module):
         self.device_of = nn.Parameter(torch.empty(0), requires_grad=False)
 
     @torch.no_grad()
-    def forward(self, x): return torch.as_tensor(self.run(x.contiguous()))
+    def forward(self,
+        x: torch.Tensor,  # images, as the class says
+    ) -> torch.Tensor:    # (N, classes)
+        "Logits, or probabilities; the runtime's own error for another type or shape."
+        return torch.as_tensor(self.run(x.contiguous()))
 
-# %% ../nbs/09_deploy.ipynb #5365522d
+# %% ../nbs/09_deploy.ipynb #22b74e04
 def load_exported(
     path,                    # a file of `export_model`; a .pt2 can run any code
     threads: int | None = None,  # of ONNX Runtime or OpenVINO; None: as many as cores
-    dtype: str = "float32",  # or bfloat16: in what OpenVINO computes
+    dtype: str = "float32",  # of an .xml, in what OpenVINO computes: or bfloat16
 ) -> Exported:
-    "The network in a file; ValueError or OSError for a file that holds none."
+    """The network in a file.
+
+    ValueError for a file that holds none of ours, FileNotFoundError, or ImportError."""
     path = Path(path)
     open_file = {".onnx": _open_onnx, ".pt2": _open_torch, ".xml": _open_openvino}
     if path.suffix not in open_file: raise ValueError(
         f"{path} is no exported network; they end in {', '.join(open_file)}")
-    if not path.is_file(): raise FileNotFoundError(f"there is no file {path}")
-    _check_installed(path.suffix)
+    for p in (path, path.with_suffix(".bin"))[:1 + (path.suffix == ".xml")]:
+        if not p.is_file(): raise FileNotFoundError(f"there is no file {p}")
+    if dtype not in ("float32", "bfloat16")[:1 + (path.suffix == ".xml")]:
+        raise ValueError(f"dtype is {dtype!r}; it is float32, or for an .xml bfloat16")
+    _check_installed(_READERS[path.suffix])
     try: run, facts = open_file[path.suffix](path, threads, dtype)
     except Exception as e:  # each runtime has classes of its own
         raise ValueError(f"{path} cannot be read: {first_line(e)}") from None
@@ -267,17 +280,18 @@ def load_exported(
     except KeyError as e: raise ValueError(
         f"{path} says nothing of its {e.args[0]}; it is not ours") from None
 
-# %% ../nbs/09_deploy.ipynb #0d82c420
+# %% ../nbs/09_deploy.ipynb #8d96a5f9
 _INSTALL = "pip install 'convnext_nb[deploy]'"
-_PACKAGES = {".onnx": ("onnx", "onnxscript", "onnxruntime"), ".pt2": (),
-             ".xml": ("onnx", "onnxscript", "onnxruntime", "openvino")}
+_READERS = {".onnx": ("onnxruntime",), ".pt2": (), ".xml": ("openvino",)}
+_WRITERS = {".onnx": ("onnx", "onnxscript", "onnxruntime"), ".pt2": (),
+            ".xml": ("onnx", "onnxscript", "onnxruntime", "openvino")}
 
-def _check_installed(suffix):
-    "ImportError where a package that the format wants is missing."
-    for p in _PACKAGES[suffix]:
+def _check_installed(packages):
+    "ImportError where one is missing."
+    for p in packages:
         if not find_spec(p): raise ImportError(f"{p} is not installed: {_INSTALL}")
 
-# %% ../nbs/09_deploy.ipynb #9cd9f62e
+# %% ../nbs/09_deploy.ipynb #c2be6e5e
 def _quantize(path, arrays, **changes):
     "Make the ONNX file an int8 one, calibrated on these inputs."
     from onnxruntime.quantization import QuantType, quantize_static
@@ -286,20 +300,19 @@ def _quantize(path, arrays, **changes):
     reader = SimpleNamespace(get_next=lambda: next(inputs, None))
     how = dict(per_channel=True, reduce_range=True, weight_type=QuantType.QInt8,
                activation_type=QuantType.QUInt8, op_types_to_quantize=["Conv", "Gemm"])
-    quant_pre_process(path, path)
+    quant_pre_process(path, path, skip_symbolic_shape=True)  # it fails on GRN's mean
     quantize_static(path, path, reader, **how | changes)
 
-# %% ../nbs/09_deploy.ipynb #a4977f4f
+# %% ../nbs/09_deploy.ipynb #ec8805da
 def _calibration_images(images, most=256):
-    "At most `most` of the images: those of a tree, or those given."
-    if isinstance(images, (str, os.PathLike)): images = [images]
-    inside = []
-    for folder in images if len(images) == 1 else ():
-        if isinstance(folder, Image.Image) or not Path(folder).is_dir(): continue
-        inside = sorted(p for p in Path(folder).rglob("[!.]*")
-                        if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
-    found = inside or find_images(images)
-    return found[::math.ceil(len(found) / most)]
+    "At most `most` of the images, evenly: those of a tree, or those given."
+    one = isinstance(images, (str, os.PathLike))
+    inside = sorted(p for p in Path(images).rglob("[!.]*") if p.is_file()
+                    and p.suffix.lower() in IMAGE_SUFFIXES) if one else []
+    found = inside or find_images([images] if one else list(images))
+    if not found: raise ValueError("there are no images to calibrate int8 with")
+    n = min(most, len(found))
+    return [found[i * len(found) // n] for i in range(n)]
 
 def _prepared(net, images, batch_size=16):
     "The images as the network takes them, normalized: batches (N, C, H, W)."
@@ -308,7 +321,7 @@ def _prepared(net, images, batch_size=16):
         batch = images[i:i + batch_size]
         yield torch.stack([transform(_open_image(p, net.in_chans)) for p in batch])
 
-# %% ../nbs/09_deploy.ipynb #621927ea
+# %% ../nbs/09_deploy.ipynb #241a0722
 def _photographs(net):
     "Five views of scikit-learn's two photographs, as the network takes them."
     from sklearn.datasets import load_sample_images
@@ -317,7 +330,7 @@ def _photographs(net):
 
 def _trial_batches(net, dynamic):
     "What a file is compared on: a name, and normalized images."
-    h, w = _image_cfg(net)["input_size"][1:]
+    h, w = _traced_size(net, dynamic)
     step, random = net.feature_info[-1]["reduction"], torch.Generator().manual_seed(0)
     kinds = {"random": torch.randn(5, net.in_chans, h, w, generator=random)}
     if net.in_chans in (1, 3): kinds["photographs"] = _photographs(net)
@@ -326,14 +339,15 @@ def _trial_batches(net, dynamic):
             x = F.interpolate(x, size, mode="bilinear")
             for n in (1, 5): yield f"{kind}, {n} x {size[0]} x {size[1]}", x[:n]
 
-# %% ../nbs/09_deploy.ipynb #cca209cc
+# %% ../nbs/09_deploy.ipynb #5eae26ed
 def _compare(exported, served, trials, tolerance):
     "Errors of the file, relative to the largest output; ValueError beyond `tolerance`."
     errors = {}
     for name, x in trials:
         x = served.as_input(x)
         right = served(x)
-        error = (exported(x) - right).abs().max() / right.abs().max()
+        largest = right.abs().max().clamp(min=1e-12)  # all zero: a classifier at its start
+        error = (exported(x) - right).abs().max() / largest
         errors[name] = error.item()
     bad = [f"{k}: {e:.1e}" for k, e in errors.items() if not e <= tolerance]
     if bad: raise ValueError(f"the file differs from the network by more than "
@@ -350,7 +364,7 @@ def _compare_int8(exported, served, batches, least=.9):
         f"than {least:.0%}; use more, or more typical, images to calibrate")
     return {"top-1 agreement": share}
 
-# %% ../nbs/09_deploy.ipynb #0167bd18
+# %% ../nbs/09_deploy.ipynb #b9d46a2a
 # format -> ending of its files
 EXPORT_FORMATS = {"onnx": ".onnx", "torch": ".pt2", "openvino": ".xml"}
 
@@ -363,6 +377,7 @@ def _check_size(net, size):
         f"size is {size}; this network takes images of at least {least} pixels a side, "
         "or 'dynamic' for any size")
 
+# %% ../nbs/09_deploy.ipynb #373927cd
 def _check_request(net, path, pixels, half, calibrate):
     "ValueError, ImportError or OSError for what does not go together, or anywhere."
     suffix, bytes_ = path.suffix, 4 * sum(p.numel() for p in net.parameters())
@@ -374,12 +389,16 @@ def _check_request(net, path, pixels, half, calibrate):
         "the network has no classifier, so it has no probabilities to give")
     if calibrate is not None and (half or suffix == ".pt2"): raise ValueError(
         "int8 goes with neither 16 bits nor .pt2; use .onnx or .xml alone")
+    if calibrate is not None and not (net.num_classes > 1 and net.global_pool):
+        raise ValueError("an int8 file is checked by its classes, and this network has "
+                         "no classifier")
     if suffix != ".pt2" and bytes_ > (2**32 if half and suffix == ".onnx" else 2**31):
-        raise ValueError(f"an ONNX file ends at 2 GB, and this network has "
-                         f"{bytes_ / 2**30:.1f}; use 16 bits or .pt2")
-    _check_installed(suffix)
+        raise ValueError(f"an ONNX file, of which an .xml is made too, ends at 2 GB, and "
+                         f"this network has {bytes_ / 2**30:.1f}; use .pt2, or .onnx in "
+                         "16 bits")
+    _check_installed(_WRITERS[suffix])
 
-# %% ../nbs/09_deploy.ipynb #28287916
+# %% ../nbs/09_deploy.ipynb #56e88cf4
 @contextmanager
 def _moved_at_the_end(path):
     "A temporary folder whose files called as `path` are moved there if all goes well."
@@ -387,7 +406,7 @@ def _moved_at_the_end(path):
     except OSError as e: raise OSError(f"cannot write {path}: {e.strerror}") from None
     try:
         yield folder
-        files = folder.glob(f"{path.stem}.*")
+        files = [f for f in folder.iterdir() if f.stem == path.stem]
         for f in sorted(files, key=lambda f: f.suffix == path.suffix):
             os.replace(f, path.with_name(f.name))
     finally: shutil.rmtree(folder, ignore_errors=True)
@@ -401,7 +420,7 @@ def _of_size(model, size):
     net.pretrained_cfg = dict(cfg) | dict(input_size=(channels, *sides))
     return net
 
-# %% ../nbs/09_deploy.ipynb #0753424f
+# %% ../nbs/09_deploy.ipynb #4a5c3560
 # ending -> what 16 bits mean there, and the error that they may bring
 _HALF = {".onnx": (torch.float16, 1e-2), ".pt2": (torch.bfloat16, 5e-2),
          ".xml": (torch.float32, 1e-2)}
@@ -412,7 +431,7 @@ def _write(net, path, pixels, half, dims, calibration):
     folded, facts = fold(net), _facts(net, pixels)
     if path.suffix != ".pt2": folded = _for_graph(folded)
     served = _Served(folded, pixels, dtype)
-    _, h, w = _image_cfg(net)["input_size"]
+    h, w = _traced_size(net, len(dims) > 1)
     # no two sides alike, or the exporter takes them for one
     x = served.as_input(torch.zeros(2, net.in_chans, h, w + len(dims) - 1))
     if path.suffix == ".pt2": return _write_torch(served, x, dims, facts, path)
@@ -425,7 +444,7 @@ def _write(net, path, pixels, half, dims, calibration):
     _write_openvino(onnx_path, facts, half, path)
     onnx_path.unlink()
 
-# %% ../nbs/09_deploy.ipynb #43bbb1a6
+# %% ../nbs/09_deploy.ipynb #e79d65a3
 def export_model(
     model: ConvNeXt,         # with weights; it is not changed
     path,                    # of the file: .onnx, .pt2 (torch) or .xml (OpenVINO)
@@ -443,7 +462,9 @@ def export_model(
     tolerance = _HALF[path.suffix][1] if half else 1e-4
     with _moved_at_the_end(path) as folder, _quiet():
         dims = _free_dims(net, pixels, dynamic)
-        _write(net, folder / path.name, pixels, half, dims, images)
+        try: _write(net, folder / path.name, pixels, half, dims, images)
+        except RuntimeError as e:  # the exporters' own
+            raise ValueError(f"{path} can't be written: {first_line(e)}") from None
         exported, served = load_exported(folder / path.name), _Served(net, pixels)
         if images: return _compare_int8(exported, served, _prepared(net, images))
         return _compare(exported, served, _trial_batches(net, dynamic), tolerance)
@@ -476,7 +497,7 @@ def _export_parser():
     add("--calibrate", metavar="FOLDER", help="images, or a tree of them, for --int8")
     return parser
 
-# %% ../nbs/09_deploy.ipynb #e2fc83f0
+# %% ../nbs/09_deploy.ipynb #2e2e393c
 def _check_options(a):
     "ValueError for options that do not go together."
     wanted = EXPORT_FORMATS[a.to]
@@ -492,11 +513,11 @@ def _report(path, net, errors):
     files = [path] + [path.with_suffix(".bin")] * (path.suffix == ".xml")
     size = sum(f.stat().st_size for f in files) / 1e6
     agreement = errors.get("top-1 agreement")
-    how = f"top-1 as float32 on {agreement:.1%} of those images" if agreement \
+    how = f"{agreement:.1%} of the calibration images as float32" if agreement \
         else f"largest error {max(errors.values()):.0e} in {len(errors)} comparisons"
     return f"{path}: {size:.1f} MB, {net.num_classes} classes, {how}"
 
-# %% ../nbs/09_deploy.ipynb #779e0fe6
+# %% ../nbs/09_deploy.ipynb #f427369c
 def main(argv: list | None = None):  # None: the process's own
     "The command `convnext-export`; ValueError and OSError end it with one line."
     parser = _export_parser()
@@ -506,6 +527,5 @@ def main(argv: list | None = None):  # None: the process's own
         net = _load_source(a.source)
         try: errors = export_model(net, a.out, a.size, a.with_preprocessing, a.half,
                                    a.calibrate)
-        except (ImportError, RuntimeError) as e:  # torch's own: without traceback
-            raise ValueError(first_line(e)) from None
+        except ImportError as e: raise ValueError(e) from None
         print(_report(Path(a.out), net, errors), flush=True)
