@@ -135,7 +135,8 @@ def _free_dims(net, pixels, dynamic):
 
 def _traced_size(net, dynamic):
     "Height and width of the images with which a file is made and compared."
-    return [max(n, _least_side(net) * dynamic) for n in _image_cfg(net)["input_size"][1:]]
+    sides, least = _image_cfg(net)["input_size"][1:], _least_side(net) * dynamic
+    return [max(n, least) for n in sides]
 
 @contextmanager
 def _quiet():
@@ -346,7 +347,7 @@ def _compare(exported, served, trials, tolerance):
     for name, x in trials:
         x = served.as_input(x)
         right = served(x)
-        largest = right.abs().max().clamp(min=1e-12)  # all zero: a classifier at its start
+        largest = right.abs().max().clamp(min=1e-12)  # logits at the start may be 0
         error = (exported(x) - right).abs().max() / largest
         errors[name] = error.item()
     bad = [f"{k}: {e:.1e}" for k, e in errors.items() if not e <= tolerance]
@@ -390,12 +391,12 @@ def _check_request(net, path, pixels, half, calibrate):
     if calibrate is not None and (half or suffix == ".pt2"): raise ValueError(
         "int8 goes with neither 16 bits nor .pt2; use .onnx or .xml alone")
     if calibrate is not None and not (net.num_classes > 1 and net.global_pool):
-        raise ValueError("an int8 file is checked by its classes, and this network has "
-                         "no classifier")
+        raise ValueError("int8 is checked by its classes, and this network has no "
+                         "classifier")
     if suffix != ".pt2" and bytes_ > (2**32 if half and suffix == ".onnx" else 2**31):
-        raise ValueError(f"an ONNX file, of which an .xml is made too, ends at 2 GB, and "
-                         f"this network has {bytes_ / 2**30:.1f}; use .pt2, or .onnx in "
-                         "16 bits")
+        raise ValueError("an .onnx, of which an .xml is made, ends at 2 GB, and this "
+                         f"network has {bytes_ / 2**30:.1f}; use .pt2, or 16 bits and "
+                         ".onnx")
     _check_installed(_WRITERS[suffix])
 
 # %% ../nbs/09_deploy.ipynb #56e88cf4
