@@ -13,8 +13,8 @@ Every network runs in a process of its own. In a round each runs once, in a rand
 --burst seconds after one call that warms up, while all others wait. Speed is the median over the
 rounds; `ratio` is the median over rounds of a network's time by that of the fastest peer in the
 same round; latency is the median and the 99th percentile of all calls. `start_s` is the time from
-starting the process to its first logits, `peak_mb` its memory then. Writes deploy_cpu.json and
-deploy_cpu.png.
+starting the process to its first logits, `peak_mb` its memory then; the first process of a runtime
+also reads its libraries from the disk. Writes deploy_cpu.json and deploy_cpu.png.
 """
 import itertools
 import json

@@ -256,6 +256,17 @@ class Exported(nn.Module):
         "Logits, or probabilities; the runtime's own error for another type or shape."
         return torch.as_tensor(self.run(x.contiguous()))
 
+# %% ../nbs/09_deploy.ipynb #8d96a5f9
+_INSTALL = "pip install 'convnext_nb[deploy]'"
+_READERS = {".onnx": ("onnxruntime",), ".pt2": (), ".xml": ("openvino",)}
+_WRITERS = {".onnx": ("onnx", "onnxscript", "onnxruntime"), ".pt2": (),
+            ".xml": ("onnx", "onnxscript", "onnxruntime", "openvino")}
+
+def _check_installed(packages):
+    "ImportError where one is missing."
+    for p in packages:
+        if not find_spec(p): raise ImportError(f"{p} is not installed: {_INSTALL}")
+
 # %% ../nbs/09_deploy.ipynb #22b74e04
 def load_exported(
     path,                    # a file of `export_model`; a .pt2 can run any code
@@ -280,17 +291,6 @@ def load_exported(
     try: return Exported(run, facts)
     except KeyError as e: raise ValueError(
         f"{path} says nothing of its {e.args[0]}; it is not ours") from None
-
-# %% ../nbs/09_deploy.ipynb #8d96a5f9
-_INSTALL = "pip install 'convnext_nb[deploy]'"
-_READERS = {".onnx": ("onnxruntime",), ".pt2": (), ".xml": ("openvino",)}
-_WRITERS = {".onnx": ("onnx", "onnxscript", "onnxruntime"), ".pt2": (),
-            ".xml": ("onnx", "onnxscript", "onnxruntime", "openvino")}
-
-def _check_installed(packages):
-    "ImportError where one is missing."
-    for p in packages:
-        if not find_spec(p): raise ImportError(f"{p} is not installed: {_INSTALL}")
 
 # %% ../nbs/09_deploy.ipynb #c2be6e5e
 def _quantize(path, arrays, **changes):
