@@ -19,8 +19,9 @@ from torch import nn
 from .blocks import (
     GRN, BatchNormLast, ConvNeXtBlock, DropPath, LayerNorm2d, PointwiseLinear)
 from .kernels import (
-    NEEDS_TRITON, bias_gelu, depthwise_conv, layer_norm, linear_gelu, linear_residual,
-    scale_residual, sum_dtype, synced_clock, triton)
+    NEEDS_TRITON, bias_gelu, depthwise_conv, layer_norm, scale_residual, sum_dtype,
+    synced_clock, triton)
+from .mlp import convnext_block
 
 # %% ../nbs/07_accelerate.ipynb #4bc5bbf4
 def _to_nhwc(x):
@@ -39,41 +40,36 @@ def _can_fuse_mlp(block):
     "Does nobody need the hidden map: no gradient, no GRN?"
     return not (torch.is_grad_enabled() or block.training or _has_grn(block))
 
-# %% ../nbs/07_accelerate.ipynb #bf6b9c1b
-def _conv_norm(block, x):
-    "The branch of a block up to the LayerNorm."
-    y = depthwise_conv(x, block.conv_dw.weight, block.conv_dw.bias)
-    return layer_norm(y, block.norm.weight, block.norm.bias, block.norm.eps)
-
-def _fused_mlp(block, x, y):
-    "The rest of the block, all of it inside the two matrix products; no gradients."
-    fc1, fc2 = block.mlp.fc1, block.mlp.fc2
-    y = linear_gelu(y, fc1.weight, fc1.bias)
-    return linear_residual(y, fc2.weight, fc2.bias, _gamma(block, x), x)
+def _drop_mask(block, x):
+    "Drop path's factor of each sample's branch; None: nothing is dropped."
+    p = block.drop_path.drop_prob * block.training
+    if not p: return None
+    return x.new_empty(len(x), dtype=sum_dtype(x)).bernoulli_(1 - p).div_(1 - p)
 
 # %% ../nbs/07_accelerate.ipynb #c88e607f
 class TritonBlock(ConvNeXtBlock):
     "A block of our kernels around torch's matrix products."
     def forward(self, x):                                       # (N, C, H, W)
-        x, p = _to_nhwc(x), self.drop_path.drop_prob * self.training
-        y = _conv_norm(self, x)                                 # (N, H, W, C)
+        x, conv, norm, fc2 = _to_nhwc(x), self.conv_dw, self.norm, self.mlp.fc2
+        y = depthwise_conv(x, conv.weight, conv.bias)           # (N, H, W, C)
+        y = layer_norm(y, norm.weight, norm.bias, norm.eps)
         y = bias_gelu(F.linear(y, self.mlp.fc1.weight), self.mlp.fc1.bias)
         if _has_grn(self): y = self.mlp.grn(y)
-        y, drop_mask = F.linear(y, self.mlp.fc2.weight), None
-        if p:
-            drop_mask = x.new_empty(len(x), dtype=sum_dtype(x))
-            drop_mask.bernoulli_(1 - p).div_(1 - p)
-        x = scale_residual(x, y, self.mlp.fc2.bias, _gamma(self, x), drop_mask)
+        y = F.linear(y, fc2.weight)
+        x = scale_residual(x, y, fc2.bias, _gamma(self, x), _drop_mask(self, x))
         return x.permute(0, 3, 1, 2)                            # (N, C, H, W)
 
 # %% ../nbs/07_accelerate.ipynb #870369e5
 class FusedBlock(TritonBlock):
-    "A TritonBlock with GELU and residual inside the matrix products at inference."
+    "A TritonBlock by `convnext_block` in half precision, unless it has a GRN."
     def forward(self, x):                                       # (N, C, H, W)
         half = x.dtype.itemsize == 2 or x.is_cuda and torch.is_autocast_enabled("cuda")
-        if not _can_fuse_mlp(self) or x.is_cuda and not half: return super().forward(x)
-        x = _to_nhwc(x)
-        x = _fused_mlp(self, x, _conv_norm(self, x))
+        if _has_grn(self) or x.is_cuda and not half: return super().forward(x)
+        x, fc1, fc2 = _to_nhwc(x), self.mlp.fc1, self.mlp.fc2
+        x = convnext_block(
+            x, self.conv_dw.weight, self.conv_dw.bias, self.norm.weight, self.norm.bias,
+            fc1.weight, fc1.bias, fc2.weight, fc2.bias, _gamma(self, fc2.bias),
+            _drop_mask(self, x), self.norm.eps)
         return x.permute(0, 3, 1, 2)                            # (N, C, H, W)
 
 class TritonNorm2d(LayerNorm2d):
@@ -224,10 +220,8 @@ def _call_signature(m, x):
 # %% ../nbs/07_accelerate.ipynb #2386391f
 def _fastest_class(m, x, rounds=9):
     "The class with which `m` is fastest on `x`: the least median time of `rounds`."
-    # the candidates differ at inference only
-    fast = candidates(m)[:1] if m.training else candidates(m)
     trial, x = deepcopy(m), x.detach().requires_grad_(m.training)
-    times = {cls: [] for cls in (type(m), *fast)}
+    times = {cls: [] for cls in (type(m), *candidates(m))}
     for _ in range(rounds + 2):  # two warm up
         for cls, taken in times.items():
             trial.__class__ = cls

@@ -27,6 +27,7 @@ except ImportError:  # the one name of `tl` that the definitions below look up
 
 # %% ../nbs/06_kernels.ipynb #a8ff346d
 INTERPRETED = bool(triton and triton.knobs.runtime.interpret)  # on a CPU, in numpy
+INTERPRET = tl.constexpr(INTERPRETED)  # for kernels
 NEEDS_TRITON = "needs Triton; pip install triton on Linux, triton-windows on Windows"
 
 def jit(f):
@@ -86,9 +87,9 @@ class Traffic(TorchDispatchMode):
 
 # %% ../nbs/06_kernels.ipynb #5e06b7d0
 def autotuned_jit(configs, key):
-    "`jit`, and (sizes, warps) tuned anew for other values of the arguments `key`."
+    "`jit`, and (sizes, warps[, stages]) tuned for each value of the arguments `key`."
     if triton is None: return jit
-    configs = [triton.Config(sizes, num_warps=warps) for sizes, warps in configs]
+    configs = [triton.Config(*config) for config in configs]
     tune = triton.autotune(configs[:1] if INTERPRETED else configs, key=key)
     return lambda f: tune(jit(f))
 
@@ -142,6 +143,28 @@ def normal(v, ACC: tl.constexpr):
     tail = pdf * (t * (.319381530 + t * (-.356563782 + t * poly)))
     return tl.where(v > 0, 1 - tail, tail), pdf
 
+# %% ../nbs/06_kernels.ipynb #41a22cfd
+@jit
+def logistic2(z):
+    "1 / (1 + 2**-z), by the two instructions that a GPU has for it."
+    if INTERPRET: return 1 / (1 + tl.exp2(-z))
+    return tl.inline_asm_elementwise(
+        "{ .reg .f32 t; ex2.approx.ftz.f32 t, $1; add.f32 t, t, 0f3F800000;"
+        " rcp.approx.ftz.f32 $0, t; }", "=f,f", [-z], tl.float32, True, 1)
+
+@jit
+def gelu(v, HALF: tl.constexpr, ACC: tl.constexpr):
+    "GELU and its derivative at `v`; HALF: as exact as results of 16 bits can tell."
+    if not HALF:
+        cdf, pdf = normal(v, ACC)
+        return v * cdf, cdf + v * pdf
+    t = tl.minimum(v * v, 64.)
+    odds = -4.223848248e-4 + t * (-7.760768439e-5 + t * 2.673518537e-6)
+    cdf = logistic2(v * (2.301978273 + t * (.1053515281 + t * odds)))
+    slope = -1.463874252e-3 + t * (-3.765548334e-4 + t * 1.667827652e-5)
+    slope = 1.59560975 + t * (.219072344 + t * slope)
+    return v * cdf, cdf + v * cdf * (1 - cdf) * slope
+
 # %% ../nbs/06_kernels.ipynb #759cd613
 TILES = [(dict(PIXELS=p, CHANNELS=c), warps) for p, c, warps in
          ((16, 128, 4), (8, 128, 4), (32, 128, 8), (8, 256, 4))]
@@ -176,7 +199,7 @@ def _tile_grid(P, D, splits=None):
 
 def _partial_sums(x, P, *shape):
     "Room for the sums of a gradient to a bias or a weight: a row for each part."
-    parts = min(2 if INTERPRETED else 512, P)  # interpreted programs run in turn
+    parts = min(2 if INTERPRETED else 1056, P)  # interpreted programs run in turn
     return x.new_empty((parts, *shape), dtype=sum_dtype(x))
 
 Grads = tuple[Tensor, Tensor, Tensor]
@@ -388,17 +411,28 @@ layer_norm.register_autograd(_norm_grads, setup_context=_save_norm)
 
 # %% ../nbs/06_kernels.ipynb #9e11eb2d
 @jit
-def read_row(p, first, n: tl.constexpr, W, C: tl.constexpr, mask, ACC: tl.constexpr):
+def read_row(p, first, n: tl.constexpr, W, C: tl.constexpr, mask):
     "A tuple of `n` pixels from column `first` on, zero outside of the map's W columns."
     row = ()
     for c in tl.static_range(n):
-        at = first + c
-        row = row + (load(p + at * C, mask & (at >= 0) & (at < W), ACC),)
+        inside = mask & (first + c >= 0) & (first + c < W)
+        row = row + (tl.load(p + (first + c) * C, mask=inside, other=0.),)
     return row
 
 @jit
-def write_row(p, row, at, n: tl.constexpr, W, C: tl.constexpr, mask):
-    for c in tl.static_range(n): tl.store(p + (at + c) * C, row[c], mask & (at + c < W))
+def to_sums(row, n: tl.constexpr, ACC: tl.constexpr):
+    wide = ()
+    for c in tl.static_range(n): wide = wide + (row[c].to(ACC),)
+    return wide
+
+@jit
+def write_row(p, row, plus, start, first, n: tl.constexpr, W, C: tl.constexpr, mask):
+    "Write `row` from column `first` on, plus the same pixels of `plus` if there is one."
+    for c in tl.static_range(n):
+        v, inside = row[c], mask & (first + c < W)
+        at = start + (first + c) * C
+        if plus is not None: v += load(plus + at, inside, v.dtype)
+        tl.store(p + at, v, inside)
 
 @jit
 def repeat(v, n: tl.constexpr):
@@ -419,13 +453,14 @@ def conv_row(sums, row, taps, K: tl.constexpr, COLS: tl.constexpr):
     return new
 
 STRIPS = [(dict(COLS=c, CHANNELS=32 * each * warps), warps)
-          for c, each, warps in ((7, 1, 1), (4, 2, 2))]
+          for c, each, warps in ((7, 1, 1), (4, 2, 1))]
 
 # %% ../nbs/06_kernels.ipynb #6400b048
 @autotuned_jit(STRIPS, ["C", "K"])
-def conv_kernel(x, taps, bias, y, H, W, rows, C: tl.constexpr, K: tl.constexpr,
+def conv_kernel(x, taps, bias, plus, y, H, W, rows, C: tl.constexpr, K: tl.constexpr,
                 ACC: tl.constexpr, COLS: tl.constexpr, CHANNELS: tl.constexpr):
     pad: tl.constexpr = K // 2
+    NEED: tl.constexpr = COLS + K - 1
     chunks, strips = (C + CHANNELS - 1) // CHANNELS, (W + COLS - 1) // COLS
     parts, pid = (H + rows - 1) // rows, tl.program_id(0)
     strip = pid // chunks
@@ -434,19 +469,22 @@ def conv_kernel(x, taps, bias, y, H, W, rows, C: tl.constexpr, K: tl.constexpr,
     bottom, mine = tl.minimum(top + rows, H), ch < C
     image = (strip // (strips * parts)).to(tl.int64) * H * W * C
     x, y = x + image + ch, y + image + ch
-    w = read_row(taps + ch, 0, K * K, K * K, C, mine, ACC)  # `taps` is (K * K, C)
+    if plus is not None: plus += image + ch
+    w = to_sums(read_row(taps + ch, 0, K * K, K * K, C, mine), K * K, ACC)
     b = load(bias + ch, mine, ACC)
     sums, end = repeat(b, K * COLS), tl.minimum(bottom + pad, H)
-    for i in range(tl.maximum(top - pad, 0), end):
-        row = read_row(x + i * W * C, left - pad, COLS + K - 1, W, C, mine, ACC)
-        sums = conv_row(sums, row, w, K, COLS)
-        done = i - pad
-        write_row(y + done * W * C, sums, left, COLS, W, C, mine & (done >= top))
+    first = tl.maximum(top - pad, 0)
+    ahead = read_row(x + first * W * C, left - pad, NEED, W, C, mine)
+    for i in range(first, end):
+        row, more = to_sums(ahead, NEED, ACC), mine & (i + 1 < end)
+        ahead = read_row(x + (i + 1) * W * C, left - pad, NEED, W, C, more)
+        sums, at = conv_row(sums, row, w, K, COLS), (i - pad) * W * C
+        write_row(y, sums, plus, at, left, COLS, W, C, mine & (i - pad >= top))
         sums = sums[COLS:] + repeat(b, COLS)
     for k in tl.static_range(pad):  # the last rows, below which there is only padding
         i, last = end - pad + k, sums[k * COLS:(k + 1) * COLS]
         inside = mine & (i >= top) & (i < bottom)
-        write_row(y + i * W * C, last, left, COLS, W, C, inside)
+        write_row(y, last, plus, i * W * C, left, COLS, W, C, inside)
 
 # %% ../nbs/06_kernels.ipynb #4c179996
 @jit
@@ -467,6 +505,7 @@ def correlate_row(sums, row, g, K: tl.constexpr, COLS: tl.constexpr):
 def conv_weight_kernel(x, g, out, N, H, W, splits, C: tl.constexpr, K: tl.constexpr,
                        ACC: tl.constexpr, COLS: tl.constexpr, CHANNELS: tl.constexpr):
     pad: tl.constexpr = K // 2
+    NEED: tl.constexpr = COLS + K - 1
     chunks, strips = (C + CHANNELS - 1) // CHANNELS, (W + COLS - 1) // COLS
     pid, zero = tl.program_id(0), tl.full([CHANNELS], 0, ACC)
     ch, split = pid % chunks * CHANNELS + tl.arange(0, CHANNELS), pid // chunks
@@ -477,12 +516,16 @@ def conv_weight_kernel(x, g, out, N, H, W, splits, C: tl.constexpr, K: tl.conste
         px, pg, window = x + image + ch, g + image + ch, repeat(zero, (K - pad) * COLS)
         for r in tl.static_range(pad):
             inside = mine & (r < H)
-            window = window + read_row(pg + r * W * C, left, COLS, W, C, inside, ACC)
+            near = read_row(pg + r * W * C, left, COLS, W, C, inside)
+            window = window + to_sums(near, COLS, ACC)
+        row = read_row(px, left - pad, NEED, W, C, mine)
+        below = read_row(pg + pad * W * C, left, COLS, W, C, mine & (pad < H))
         for i in range(0, H):
-            below, inside = pg + (i + pad) * W * C, mine & (i + pad < H)
-            window = window[COLS:] + read_row(below, left, COLS, W, C, inside, ACC)
-            row = read_row(px + i * W * C, left - pad, COLS + K - 1, W, C, mine, ACC)
-            sums = correlate_row(sums, row, window, K, COLS)
+            window, wide = window[COLS:] + to_sums(below, COLS, ACC), to_sums(row, NEED, ACC)
+            row = read_row(px + (i + 1) * W * C, left - pad, NEED, W, C, mine & (i + 1 < H))
+            inside = mine & (i + 1 + pad < H)
+            below = read_row(pg + (i + 1 + pad) * W * C, left, COLS, W, C, inside)
+            sums = correlate_row(sums, wide, window, K, COLS)
     for k in tl.static_range(K * K + 1):
         tl.store(out + (split * (K * K + 1) + k) * C + ch, sums[k], mask=mine)
 
@@ -509,6 +552,20 @@ def _strip_rows(N, H, W, C, K):
     columns = N * _cdiv(W, 7) * _cdiv(C, 32)
     return min(H, max(K, _cdiv(H * columns, 2048)))
 
+def _conv_plus(x, weight, bias, plus):
+    "The convolution of `x`, plus the map `plus` unless it is None."
+    (N, H, W, C), K = x.shape, weight.shape[-1]
+    if not use_triton(x):
+        y = _conv_cpu(x, weight, bias)
+        return y if plus is None else y + plus
+    y, rows = torch.empty_like(x), _strip_rows(N, H, W, C, K)
+    def grid(m):
+        strips = _cdiv(W, m["COLS"]) * _cdiv(H, rows) * N
+        return (_cdiv(C, m["CHANNELS"]) * strips,)
+    taps = weight.flatten(1).t().contiguous()
+    launch(conv_kernel, grid, x, taps, bias, plus, y, H, W, rows, C=C, K=K)
+    return y
+
 @custom_op("convnext_nb::depthwise_conv", mutates_args=())
 def depthwise_conv(
     x: Tensor,       # (N, H, W, C)
@@ -516,30 +573,25 @@ def depthwise_conv(
     bias: Tensor,    # (C,)
 ) -> Tensor:         # (N, H, W, C), in the dtype of `x`
     "Depthwise convolution, stride 1, padding K // 2; ValueError if shapes do not fit."
-    (x, bias), (N, H, W, C), K = _check_params(x, bias), x.shape, weight.shape[-1]
+    (x, bias), C, K = _check_params(x, bias), x.shape[-1], weight.shape[-1]
     if weight.shape != (C, 1, K, K) or K % 2 == 0:
         found = f"a weight of shape {tuple(weight.shape)}"
         raise ValueError(f"{found}; give ({C}, 1, K, K), K odd")
-    if not use_triton(x): return _conv_cpu(x, weight, bias)
-    y, rows = torch.empty_like(x), _strip_rows(N, H, W, C, K)
-    def grid(m):
-        strips = _cdiv(W, m["COLS"]) * _cdiv(H, rows) * N
-        return (_cdiv(C, m["CHANNELS"]) * strips,)
-    taps = weight.flatten(1).t().contiguous()
-    launch(conv_kernel, grid, x, taps, bias, y, H, W, rows, C=C, K=K)
-    return y
+    return _conv_plus(x, weight, bias, None)
 
 # %% ../nbs/06_kernels.ipynb #2f9ca092
 @custom_op("convnext_nb::depthwise_conv_grad", mutates_args=())
-def depthwise_conv_grad(x: Tensor, weight: Tensor, g: Tensor) -> Grads:
-    "Gradients of `depthwise_conv` to `x`, `weight` and `bias`."
+def depthwise_conv_grad(x: Tensor, weight: Tensor, g: Tensor,
+                        plus: Tensor | None = None) -> Grads:
+    "Gradients of `depthwise_conv` to `x`, with `plus` added, to `weight` and `bias`."
     x, g, (N, H, W, C), K = x.contiguous(), g.contiguous(), x.shape, weight.shape[-1]
-    dx = depthwise_conv(g, weight.flip(2, 3), weight.new_zeros(C))
+    if plus is not None: plus = plus.contiguous()
+    dx = _conv_plus(g, weight.flip(2, 3), weight.new_zeros(C), plus)
     dw = torch.empty_like(weight)
     if not use_triton(x):
         found, db = _conv_weight_grad_cpu(x, weight, g)
         return dx, dw.copy_(found), db
-    splits = max(1, min(N * _cdiv(W, 7), 65536 // C))
+    splits = max(1, min(N * _cdiv(W, 7), 131072 // C))
     sums = x.new_empty((splits, K * K + 1, C), dtype=sum_dtype(x))
     def grid(m): return (_cdiv(C, m["CHANNELS"]) * splits,)
     launch(conv_weight_kernel, grid, x, g, sums, N, H, W, splits, C=C, K=K)
@@ -551,8 +603,6 @@ def _conv_grads(ctx, g): return depthwise_conv_grad(*ctx.saved_tensors, g)
 depthwise_conv.register_autograd(_conv_grads, setup_context=_save_conv)
 
 # %% ../nbs/06_kernels.ipynb #e9f0789f
-# the interpreter multiplies bfloat16's bits as integers
-UPCAST = tl.constexpr(INTERPRETED)
 MATMULS = [(dict(PIXELS=p, OUT=o, IN=i), warps) for p, o, i, warps in
            ((128, 128, 64, 8), (128, 256, 64, 8), (64, 128, 64, 4))]
 
@@ -567,19 +617,19 @@ def matmul_tile(x, w, p, o, P, I: tl.constexpr, O: tl.constexpr, ACC: tl.constex
         left = first + i < I
         xs = tl.load(px + first, mask=(p < P)[:, None] & left[None, :], other=0.)
         ws = tl.load(pw + first, mask=(o < O)[None, :] & left[:, None], other=0.)
-        if UPCAST: xs, ws = xs.to(ACC), ws.to(ACC)
+        if INTERPRET: xs, ws = xs.to(ACC), ws.to(ACC)  # it multiplies bfloat16's bits
         v = tl.dot(xs, ws, v, input_precision="ieee", out_dtype=ACC)
     return v
 
 # %% ../nbs/06_kernels.ipynb #9270e03a
 @autotuned_jit(MATMULS, ["I", "O", "GELU"])
 def linear_kernel(x, w, b, gamma, shortcut, y, P, I: tl.constexpr, O: tl.constexpr,
-                  GELU: tl.constexpr, ACC: tl.constexpr,
+                  GELU: tl.constexpr, HALF: tl.constexpr, ACC: tl.constexpr,
                   PIXELS: tl.constexpr, OUT: tl.constexpr, IN: tl.constexpr):
     p, o, at, inside = program_tile(P, O, PIXELS, OUT)
     v = matmul_tile(x, w, p, o, P, I, O, ACC, PIXELS, OUT, IN)
     v += load(b + o, o < O, ACC)[None, :]
-    if GELU: v = v * normal(v, ACC)[0]
+    if GELU: v = gelu(v, HALF, ACC)[0]
     else:
         v *= load(gamma + o, o < O, ACC)[None, :]
         v += load(shortcut + at, inside, ACC)
@@ -596,7 +646,8 @@ def _fused_linear(x, weight, *tail):
     P, y = x.numel() // I, x.new_empty(*x.shape[:-1], O)
     def grid(m): return (_cdiv(P, m["PIXELS"]) * _cdiv(O, m["OUT"]),)
     args = x, weight, bias, gamma, shortcut, y, P
-    launch(linear_kernel, grid, *args, I=I, O=O, GELU=gamma is None)
+    half = x.dtype.itemsize == 2
+    launch(linear_kernel, grid, *args, I=I, O=O, GELU=gamma is None, HALF=half)
     return y
 
 # %% ../nbs/06_kernels.ipynb #80bc98be
@@ -633,7 +684,8 @@ def _fake_grads(x, *params): return _fake_map(x), *(torch.empty_like(p) for p in
 bias_gelu_grad.register_fake(lambda x, b, g: _fake_grads(x, b))
 scale_residual_grad.register_fake(lambda y, b, gamma, m, g: _fake_grads(y, b, gamma))
 layer_norm_grad.register_fake(lambda x, w, eps, g: _fake_grads(x, w, w))
-depthwise_conv_grad.register_fake(lambda x, w, g: _fake_grads(x, w, w[:, 0, 0, 0]))
+depthwise_conv_grad.register_fake(
+    lambda x, w, g, plus=None: _fake_grads(x, w, w[:, 0, 0, 0]))
 
 for op in (bias_gelu, scale_residual, layer_norm, depthwise_conv):
     op.register_fake(_fake_map)
