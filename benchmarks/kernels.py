@@ -158,8 +158,9 @@ def main():
     for dtype in a.dtypes:
         for stage in range(len(VARIANTS[a.model]["dims"])):
             settings += measure_stage(a, device, dtype, stage)
-        path = write_result(name, **where, config=config, settings=settings,
-                            summary=summarize(settings))
+            # after each stage: what is interrupted keeps what it has
+            path = write_result(name, **where, config=config, settings=settings,
+                                summary=summarize(settings))
     line = "{part}, {mode}, {dtype}, {candidate}: {geometric_mean:.2f}, least {least:.2f}"
     for row in summarize(settings): print(line.format(**row))
     print(path)

@@ -426,19 +426,24 @@ def to_sums(row, n: tl.constexpr, ACC: tl.constexpr):
     return wide
 
 @jit
-def write_row(p, row, plus, start, first, n: tl.constexpr, W, C: tl.constexpr, mask):
-    "Write `row` from column `first` on, plus the same pixels of `plus` if there is one."
-    for c in tl.static_range(n):
-        v, inside = row[c], mask & (first + c < W)
-        at = start + (first + c) * C
-        if plus is not None: v += load(plus + at, inside, v.dtype)
-        tl.store(p + at, v, inside)
+def write_row(p, row, at, n: tl.constexpr, W, C: tl.constexpr, mask):
+    for c in tl.static_range(n): tl.store(p + (at + c) * C, row[c], mask & (at + c < W))
 
+# %% ../nbs/06_kernels.ipynb #06505485
 @jit
 def repeat(v, n: tl.constexpr):
     many = ()
     for _ in tl.static_range(n): many = many + (v,)
     return many
+
+@jit
+def first_sums(b, plus, start, left, n: tl.constexpr, W, C: tl.constexpr, mask):
+    "What a row of sums begins with: the bias, and a row of `plus` unless it is None."
+    sums = repeat(b, n)
+    if plus is not None:
+        row, sums = read_row(plus + start, left, n, W, C, mask), ()
+        for c in tl.static_range(n): sums = sums + (b + row[c].to(b.dtype),)
+    return sums
 
 # %% ../nbs/06_kernels.ipynb #0e5ef123
 @jit
@@ -468,23 +473,27 @@ def conv_kernel(x, taps, bias, plus, y, H, W, rows, C: tl.constexpr, K: tl.const
     top = strip // strips % parts * rows
     bottom, mine = tl.minimum(top + rows, H), ch < C
     image = (strip // (strips * parts)).to(tl.int64) * H * W * C
-    x, y = x + image + ch, y + image + ch
-    if plus is not None: plus += image + ch
+    x, y, b, sums = x + image + ch, y + image + ch, load(bias + ch, mine, ACC), ()
     w = to_sums(read_row(taps + ch, 0, K * K, K * K, C, mine), K * K, ACC)
-    b = load(bias + ch, mine, ACC)
-    sums, end = repeat(b, K * COLS), tl.minimum(bottom + pad, H)
-    first = tl.maximum(top - pad, 0)
+    if plus is not None: plus += image + ch
+    first, end = tl.maximum(top - pad, 0), tl.minimum(bottom + pad, H)
+    for k in tl.static_range(K):
+        i = first - pad + k
+        own = mine & (i >= top) & (i < bottom)
+        sums = sums + first_sums(b, plus, i * W * C, left, COLS, W, C, own)
     ahead = read_row(x + first * W * C, left - pad, NEED, W, C, mine)
     for i in range(first, end):
-        row, more = to_sums(ahead, NEED, ACC), mine & (i + 1 < end)
+        row, done, new = to_sums(ahead, NEED, ACC), i - pad, i + 1 + pad
+        more, own = mine & (i + 1 < end), mine & (new >= top) & (new < bottom)
         ahead = read_row(x + (i + 1) * W * C, left - pad, NEED, W, C, more)
-        sums, at = conv_row(sums, row, w, K, COLS), (i - pad) * W * C
-        write_row(y, sums, plus, at, left, COLS, W, C, mine & (i - pad >= top))
-        sums = sums[COLS:] + repeat(b, COLS)
+        fresh = first_sums(b, plus, new * W * C, left, COLS, W, C, own)
+        sums = conv_row(sums, row, w, K, COLS)
+        write_row(y + done * W * C, sums, left, COLS, W, C, mine & (done >= top))
+        sums = sums[COLS:] + fresh
     for k in tl.static_range(pad):  # the last rows, below which there is only padding
         i, last = end - pad + k, sums[k * COLS:(k + 1) * COLS]
         inside = mine & (i >= top) & (i < bottom)
-        write_row(y, last, plus, i * W * C, left, COLS, W, C, inside)
+        write_row(y + i * W * C, last, left, COLS, W, C, inside)
 
 # %% ../nbs/06_kernels.ipynb #4c179996
 @jit
@@ -521,9 +530,10 @@ def conv_weight_kernel(x, g, out, N, H, W, splits, C: tl.constexpr, K: tl.conste
         row = read_row(px, left - pad, NEED, W, C, mine)
         below = read_row(pg + pad * W * C, left, COLS, W, C, mine & (pad < H))
         for i in range(0, H):
-            window, wide = window[COLS:] + to_sums(below, COLS, ACC), to_sums(row, NEED, ACC)
-            row = read_row(px + (i + 1) * W * C, left - pad, NEED, W, C, mine & (i + 1 < H))
-            inside = mine & (i + 1 + pad < H)
+            window = window[COLS:] + to_sums(below, COLS, ACC)
+            wide = to_sums(row, NEED, ACC)
+            more, inside = mine & (i + 1 < H), mine & (i + 1 + pad < H)
+            row = read_row(px + (i + 1) * W * C, left - pad, NEED, W, C, more)
             below = read_row(pg + (i + 1 + pad) * W * C, left, COLS, W, C, inside)
             sums = correlate_row(sums, wide, window, K, COLS)
     for k in tl.static_range(K * K + 1):
@@ -559,9 +569,8 @@ def _conv_plus(x, weight, bias, plus):
         y = _conv_cpu(x, weight, bias)
         return y if plus is None else y + plus
     y, rows = torch.empty_like(x), _strip_rows(N, H, W, C, K)
-    def grid(m):
-        strips = _cdiv(W, m["COLS"]) * _cdiv(H, rows) * N
-        return (_cdiv(C, m["CHANNELS"]) * strips,)
+    parts = _cdiv(H, rows) * N
+    def grid(m): return (_cdiv(C, m["CHANNELS"]) * _cdiv(W, m["COLS"]) * parts,)
     taps = weight.flatten(1).t().contiguous()
     launch(conv_kernel, grid, x, taps, bias, plus, y, H, W, rows, C=C, K=K)
     return y

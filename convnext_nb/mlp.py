@@ -13,11 +13,35 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.library import custom_op
 
-from .kernels import (
-    INTERPRET, OPS, _cdiv, _check_params, _next_power_of_2, _per_sample, _set_flops,
-    autotuned_jit, bias_gelu, bias_gelu_grad, depthwise_conv, depthwise_conv_grad, gelu,
-    jit, launch, layer_norm, layer_norm_grad, linear_gelu, linear_residual, load,
-    load_drop_mask, reduce_sum, repeat, scale_residual, sum_dtype, tl, use_triton)
+from convnext_nb.kernels import (
+    INTERPRET,
+    OPS,
+    _cdiv,
+    _check_params,
+    _next_power_of_2,
+    _per_sample,
+    _set_flops,
+    autotuned_jit,
+    bias_gelu,
+    bias_gelu_grad,
+    depthwise_conv,
+    depthwise_conv_grad,
+    gelu,
+    jit,
+    launch,
+    layer_norm,
+    layer_norm_grad,
+    linear_gelu,
+    linear_residual,
+    load,
+    load_drop_mask,
+    reduce_sum,
+    repeat,
+    scale_residual,
+    sum_dtype,
+    tl,
+    use_triton,
+)
 
 # %% ../nbs/06_mlp.ipynb #6b00000f
 def _parts(C):
@@ -43,7 +67,8 @@ def span(i, SIZE: tl.constexpr): return i * SIZE + tl.arange(0, SIZE)
 @jit
 def dot(a, b, sums):
     "sums + a @ b"
-    if INTERPRET: a, b = a.to(sums.dtype), b.to(sums.dtype)  # it multiplies bfloat16's bits
+    # the interpreter multiplies bfloat16's bits
+    if INTERPRET: a, b = a.to(sums.dtype), b.to(sums.dtype)
     return tl.dot(a, b, sums, input_precision="ieee", out_dtype=sums.dtype)
 
 # %% ../nbs/06_mlp.ipynb #6b000014
@@ -79,8 +104,9 @@ FORWARD = [(dict(PIXELS=p, HIDDEN=h), warps, stages) for p, h, warps, stages in
            ((64, 64, 4, 2), (128, 64, 8, 3), (64, 32, 4, 2))]
 
 @autotuned_jit(FORWARD, ["C", "O"])
-def mlp_kernel(y, norm_w, norm_b, w1, b1, w2, b2, gamma, drop_mask, x, out, P, pixels, eps,
-               C: tl.constexpr, O: tl.constexpr, HALF: tl.constexpr, ACC: tl.constexpr,
+def mlp_kernel(y, norm_w, norm_b, w1, b1, w2, b2, gamma, drop_mask, x, out,
+               P, pixels, eps, C: tl.constexpr, O: tl.constexpr,
+               HALF: tl.constexpr, ACC: tl.constexpr,
                PART: tl.constexpr, PARTS: tl.constexpr,
                PIXELS: tl.constexpr, HIDDEN: tl.constexpr):
     p = span(tl.program_id(0), PIXELS)
@@ -93,7 +119,8 @@ def mlp_kernel(y, norm_w, norm_b, w1, b1, w2, b2, gamma, drop_mask, x, out, P, p
         a = gelu(v + load(b1 + h, h < O, ACC)[None, :], HALF, ACC)[0].to(n[0].dtype)
         more = ()
         for k in tl.static_range(PARTS):
-            more = more + (dot(a, tl.trans(read_block(w2, span(k, PART), h, C, O)), sums[k]),)
+            w = tl.trans(read_block(w2, span(k, PART), h, C, O))
+            more = more + (dot(a, w, sums[k]),)
         sums = more
     factor = load_drop_mask(drop_mask, p, pixels, P, ACC)[:, None]
     for k in tl.static_range(PARTS):
@@ -103,12 +130,12 @@ def mlp_kernel(y, norm_w, norm_b, w1, b1, w2, b2, gamma, drop_mask, x, out, P, p
         write_block(out, v + read_block(x, p, ch, P, C).to(ACC), p, ch, P, C)
 
 # %% ../nbs/06_mlp.ipynb #6b000018
-def _fits(x):
-    "Can `mlp_kernel` hold the channels of `x`, in 16 bits on CUDA?"
+def _fits(x, most):
+    "Has `x` at most so many channels that a kernel can hold, in 16 bits on CUDA?"
     C = x.shape[-1]
-    if not x.is_cuda: return C <= 192
+    if not x.is_cuda: return C <= most
     memory = torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin
-    return x.dtype.itemsize == 2 and C <= (192 if memory >= 160 * 1024 else 96)
+    return x.dtype.itemsize == 2 and C <= (most if memory >= 160 * 1024 else 96)
 
 # %% ../nbs/06_mlp.ipynb #6b00001b
 def _mlp_arguments(y, vectors, fc1_weight, fc2_weight):
@@ -117,7 +144,8 @@ def _mlp_arguments(y, vectors, fc1_weight, fc2_weight):
     C, O, shapes = y.shape[-1], len(fc1_weight), (fc1_weight.shape, fc2_weight.shape)
     if shapes != ((O, C), (C, O)):
         found = " and ".join(str(tuple(shape)) for shape in shapes)
-        raise ValueError(f"weights of shape {found} for {C} channels; give (O, C), (C, O)")
+        wanted = f"{C} channels; give (O, C), (C, O)"
+        raise ValueError(f"weights of shape {found} for {wanted}")
     return y, *vectors, *(w.to(y.dtype).contiguous() for w in (fc1_weight, fc2_weight))
 
 @custom_op("convnext_nb::mlp_residual", mutates_args=())
@@ -212,7 +240,8 @@ def _mlp_grads(y, nw, nb, w1, b1, w2, gamma, u, eps):
     h = F.linear(n, w1)
     d, db1 = bias_gelu_grad(h, b1, (u * gamma.to(u.dtype)) @ w2)
     dy, dnw, dnb = layer_norm_grad(y, nw, eps, d @ w1)
-    return dy, dnw, dnb, db1, u.flatten(0, -2).sum(0, dtype=gamma.dtype), n, d, bias_gelu(h, b1)
+    du = u.flatten(0, -2).sum(0, dtype=gamma.dtype)
+    return dy, dnw, dnb, db1, du, n, d, bias_gelu(h, b1)
 
 @custom_op("convnext_nb::mlp_residual_grad", mutates_args=())
 def mlp_residual_grad(y: Tensor, norm_weight: Tensor, norm_bias: Tensor,
@@ -244,7 +273,7 @@ class _Block(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, cw, cb, nw, nb, w1, b1, w2, b2, gamma, drop_mask, eps):
         y, kept = depthwise_conv(x, cw, cb), ()
-        if _fits(x):
+        if _fits(x, 96):
             out = mlp_residual(x, y, nw, nb, w1, b1, w2, b2, gamma, drop_mask, eps)
         else:
             n = layer_norm(y, nw, nb, eps)
@@ -260,8 +289,8 @@ class _Block(torch.autograd.Function):
     def backward(ctx, g):
         x, cw, nw, nb, w1, b1, w2, b2, gamma, drop_mask, y, *kept = ctx.saved_tensors
         u = g if drop_mask is None else g * _per_sample(drop_mask, g).to(g.dtype)
-        if not kept: found = mlp_residual_grad(y, nw, nb, w1, b1, w2, gamma, u, ctx.eps)
-        else: found = _grads_of_kept(y, nw, w1, b1, w2, gamma, u, ctx.eps, *kept)
+        if kept: found = _grads_of_kept(y, nw, w1, b1, w2, gamma, u, ctx.eps, *kept)
+        else: found = mlp_residual_grad(y, nw, nb, w1, b1, w2, gamma, u, ctx.eps)
         dy, dnw, dnb, db1, du, n, d, a = found
         dw1, dw2 = _weight_grad(d, n, w1), _weight_grad(u, a, w2)
         dgamma = (dw2 * w2).sum(1) + b2 * du
@@ -280,7 +309,7 @@ def _grads_of_kept(y, nw, w1, b1, w2, gamma, u, eps, n, h, a):
 def _block_at_inference(x, cw, cb, nw, nb, w1, b1, w2, b2, gamma, eps):
     "The block without gradients or drop path."
     y = depthwise_conv(x, cw, cb)
-    if _fits(x): return mlp_residual(x, y, nw, nb, w1, b1, w2, b2, gamma, None, eps)
+    if _fits(x, 192): return mlp_residual(x, y, nw, nb, w1, b1, w2, b2, gamma, None, eps)
     y = linear_gelu(layer_norm(y, nw, nb, eps), w1, b1)
     return linear_residual(y, w2, b2, gamma, x)
 
@@ -312,9 +341,11 @@ def _(x, *args): return torch.empty_like(x, memory_format=torch.contiguous_forma
 @mlp_residual_grad.register_fake
 def _(y, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, gamma, u, eps):
     hidden = [y.new_empty(*y.shape[:-1], len(fc1_bias)) for _ in range(2)]
-    maps = [torch.empty_like(y, memory_format=torch.contiguous_format) for _ in range(2)]
-    sums = [torch.empty_like(gamma) for _ in range(3)]
-    return maps[0], sums[0], sums[1], torch.empty_like(fc1_bias), sums[2], maps[1], *hidden
+    dy, n = (torch.empty_like(y, memory_format=torch.contiguous_format) for _ in "yn")
+    dnw, dnb, du = (torch.empty_like(gamma) for _ in "wbu")
+    return dy, dnw, dnb, torch.empty_like(fc1_bias), du, n, *hidden
 
-_set_flops([OPS.mlp_residual], lambda x, y, nw, nb, w, *_, **k: 4 * math.prod(x) * w[0])
-_set_flops([OPS.mlp_residual_grad], lambda y, nw, nb, w, *_, **k: 6 * math.prod(y) * w[0])
+_set_flops([OPS.mlp_residual],
+           lambda x, y, nw, nb, w, *_, **k: 4 * math.prod(x) * w[0])
+_set_flops([OPS.mlp_residual_grad],
+           lambda y, nw, nb, w, *_, **k: 6 * math.prod(y) * w[0])

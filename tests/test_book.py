@@ -130,7 +130,7 @@ def test_cells_hold_one_idea():
 @pytest.mark.parametrize("name", MODULES)
 def test_modules_are_short(name):
     lines = (ROOT / "convnext_nb" / f"{name}.py").read_text().splitlines()
-    assert len(lines) <= 700  # a line for each parameter included
+    assert len(lines) <= 720  # a line for each parameter included
 
 
 def documented(name, f):
