@@ -6,7 +6,7 @@
 __all__ = ['mix_seed', 'epoch_generator', 'epoch_order', 'shard_batch', 'EpochBatches', 'erasing_boxes', 'cutout_boxes',
            'erase_boxes', 'epoch_boxes', 'mixup_or_cutmix', 'lower_resolution', 'Loader', 'reflect_index',
            'crop_indices', 'RandAugment', 'apply_with_seed', 'MemoryLoader', 'make_transform', 'ImageFiles',
-           'EpochBatchSampler', 'ignore_sigint', 'FileLoader', 'create_loaders']
+           'EpochBatchSampler', 'ignore_sigint', 'FileLoader', 'create_loaders', 'describe_splits']
 
 # %% ../nbs/02c_data.ipynb #23524fcb
 import os
@@ -21,8 +21,9 @@ from torch.utils.data import DataLoader, Dataset
 
 # imported here as well for who looks for them here
 from .datasets import (
-    DATASETS, SMALL_IMAGE_SIZE, DataConfig, DatasetInfo, decode_images,  # noqa: F401
-    hold_out, infer_image_size, load_cifar, load_digits, load_splits,  # noqa: F401
+    DATASETS, SMALL_IMAGE_SIZE, DataConfig, DatasetInfo,  # noqa: F401
+    compare_fingerprints, data_fingerprint, decode_images, hold_out,  # noqa: F401
+    infer_image_size, load_cifar, load_digits, load_splits, plan_splits,  # noqa: F401
     read_image, resize_images, scan_folder, stratified_split, to_rgb)  # noqa: F401
 from convnext_nb.processes import (
     all_reduce_any, from_rank0, pick_device, process_group,  # noqa: F401
@@ -379,6 +380,15 @@ def _check_config(cfg, processes):
     if not 0 < cfg.crop_pct <= 1:
         raise ValueError(f"crop_pct is {cfg.crop_pct}; it must lie in (0, 1]")
 
+# %% ../nbs/02c_data.ipynb #4ef5b5b3
+def _check_same_data(info, cfg):
+    "A ValueError in all processes if one has other data than the first."
+    first = from_rank0(lambda: info.fingerprint)
+    differs = compare_fingerprints(first, info.fingerprint)
+    if all_reduce_any(bool(differs), pick_device(cfg.device)): raise ValueError(
+        f"process {rank_and_world_size()[0]} has other data than process 0: {differs}"
+        if differs else "another process has other data; give all of them the same")
+
 # %% ../nbs/02c_data.ipynb #5bb3e8d0
 def create_loaders(
     cfg: DataConfig,        # what to load, and how to augment and batch it
@@ -387,6 +397,7 @@ def create_loaders(
     "Loaders of train, val and test; a ValueError or OSError says what is wrong."
     _check_config(cfg, (shard or rank_and_world_size())[1])
     splits, info = load_splits(cfg)
+    if shard is None: _check_same_data(info, cfg)
     splits = hold_out(splits, cfg)
     n = len(splits["train"][1])
     if n < cfg.batch_size:
@@ -398,3 +409,22 @@ def create_loaders(
         if x.ndim == 1: return FileLoader(x, *rest)
         return MemoryLoader(torch.from_numpy(x), *rest)
     return tuple(loader(k) if k in splits else None for k in ("train", "val", "test"))
+
+# %% ../nbs/02c_data.ipynb #6e2253ad
+def describe_splits(
+    train: Loader,      # `create_loaders` makes all three
+    val: Loader,        # None: there are no validation images
+    test: Loader,       # of the images that are looked at once
+) -> str:               # one line, of printable characters
+    "How many images and classes each loader has, from where, and what was left alone."
+    stored, told = train.info.fingerprint or {}, []
+    plan = plan_splits(stored, train.cfg)
+    for name, loader in dict(train=train, val=val, test=test).items():
+        if loader is None: told.append(f"{name} none")
+        else:
+            source = stored.get(plan.get(name) or "train", {}).get("source")
+            verb = "from" if plan.get(name) else "cut from"
+            told.append(f"{name} {loader.num_samples:,} images of "
+                        f"{len(loader.labels.unique())} classes"
+                        + (f" {verb} {source}" if source else ""))
+    return "data: " + "; ".join([*told, *train.info.notes])
