@@ -6,7 +6,7 @@
 __all__ = ['mix_seed', 'epoch_generator', 'epoch_order', 'shard_batch', 'EpochBatches', 'erasing_boxes', 'cutout_boxes',
            'erase_boxes', 'epoch_boxes', 'mixup_or_cutmix', 'lower_resolution', 'Loader', 'reflect_index',
            'crop_indices', 'RandAugment', 'apply_with_seed', 'MemoryLoader', 'make_transform', 'ImageFiles',
-           'EpochBatchSampler', 'ignore_sigint', 'FileLoader', 'create_loaders', 'describe_splits']
+           'EpochBatchSampler', 'ignore_sigint', 'FileLoader', 'create_loaders', 'describe_splits', 'check_same_data']
 
 # %% ../nbs/02c_data.ipynb #23524fcb
 import os
@@ -380,15 +380,6 @@ def _check_config(cfg, processes):
     if not 0 < cfg.crop_pct <= 1:
         raise ValueError(f"crop_pct is {cfg.crop_pct}; it must lie in (0, 1]")
 
-# %% ../nbs/02c_data.ipynb #4ef5b5b3
-def _check_same_data(info, cfg):
-    "A ValueError in all processes if one has other data than the first."
-    first = from_rank0(lambda: info.fingerprint)
-    differs = compare_fingerprints(first, info.fingerprint)
-    if all_reduce_any(bool(differs), pick_device(cfg.device)): raise ValueError(
-        f"process {rank_and_world_size()[0]} has other data than process 0: {differs}"
-        if differs else "another process has other data; give all of them the same")
-
 # %% ../nbs/02c_data.ipynb #5bb3e8d0
 def create_loaders(
     cfg: DataConfig,        # what to load, and how to augment and batch it
@@ -397,7 +388,6 @@ def create_loaders(
     "Loaders of train, val and test; a ValueError or OSError says what is wrong."
     _check_config(cfg, (shard or rank_and_world_size())[1])
     splits, info = load_splits(cfg)
-    if shard is None: _check_same_data(info, cfg)
     splits = hold_out(splits, cfg)
     n = len(splits["train"][1])
     if n < cfg.batch_size:
@@ -428,3 +418,15 @@ def describe_splits(
                         f"{len(loader.labels.unique())} classes"
                         + (f" {verb} {source}" if source else ""))
     return "data: " + "; ".join([*told, *train.info.notes])
+
+# %% ../nbs/02c_data.ipynb #4ef5b5b3
+def check_same_data(
+    loader: Loader,     # of this process, in torch.distributed's group if any
+):
+    "A ValueError in every process if one of them has other data than the first."
+    first, now = from_rank0(lambda: loader.info.fingerprint), loader.info.fingerprint
+    differs, rank = compare_fingerprints(first, now), rank_and_world_size()[0]
+    if not all_reduce_any(bool(differs), loader.device): return
+    if differs: raise ValueError(
+        f"process {rank} has other data than process 0: {differs}; copy process 0's")
+    raise ValueError("another process has other data than process 0; see what it says")
