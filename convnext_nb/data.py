@@ -414,9 +414,10 @@ def describe_splits(
         else:
             source = stored.get(plan.get(name) or "train", {}).get("source")
             verb = "from" if plan.get(name) else "cut from"
-            told.append(f"{name} {loader.num_samples:,} images of "
-                        f"{len(loader.labels.unique())} classes"
-                        + (f" {verb} {source}" if source else ""))
+            n, classes = loader.num_samples, len(loader.labels.unique())
+            told.append(f"{name} {n:,} image{'s' * (n > 1)} of {classes} "
+                        f"class{'es' * (classes > 1)}" +
+                        (f" {verb} {source}" if source else ""))
     return "data: " + "; ".join([*told, *train.info.notes])
 
 # %% ../nbs/02c_data.ipynb #4ef5b5b3

@@ -311,31 +311,40 @@ def _is_image(entry):
     return entry.name.lower().endswith(IMG_EXTENSIONS)
 
 # %% ../nbs/02a_datasets.ipynb #bd0b8a7e
+def _named_folders(root):
+    "Paths of the folders in `root` by name, and the names that each split has there."
+    folders, named = {}, {split: [] for split in SPLIT_NAMES}
+    for entry, kind, _ in list_folder(root):
+        name = entry.name.lower()
+        split = next((k for k, names in SPLIT_NAMES.items() if name in names), None)
+        if split and kind not in ("folder", "file"):
+            raise FileNotFoundError(f"{entry.path} is a {kind}; {_WANTED}")
+        if split and kind == "folder": named[split].append(entry.name)
+        if kind == "folder": folders[entry.name] = Path(entry.path)
+    return folders, named
+
 def find_splits(
     root,       # folder of train/, val/ and test/, or of class folders
 ) -> tuple:     # {"train": path, maybe "val", "test"}, notes in words
     "Where each split is; FileNotFoundError or ValueError if that is not clear."
-    if not Path(root).is_dir():
+    root = Path(root)
+    if not root.is_dir():
         raise FileNotFoundError(f"there is no folder {root}; {_WANTED}")
-    folders = {e.name: e.path for e, kind, _ in list_folder(root) if kind == "folder"}
-    named = {split: [f for f in folders if f.lower() in names]
-             for split, names in SPLIT_NAMES.items()}
-    others = [f for f in folders if f not in sum(named.values(), [])]
-    if not any(_has(folders[f], _is_folder) for f in sum(named.values(), [])):
-        if sum(_has(folders[f], _is_image) for f in others) > 1:
-            return dict(train=Path(root)), []
-    found = {}
+    folders, named = _named_folders(root)
+    of_splits = sum(named.values(), [])
+    others = [f for f in folders if f not in of_splits]
+    if not any(_has(folders[f], _is_folder) for f in of_splits):
+        alone = sum(_has(folders[f], _is_image) for f in others)
+        if alone > 1: return dict(train=root), []
     for split, names in named.items():
         if len(names) > 1: raise ValueError(
-            f"{root} has {shorten([f'{f}/' for f in names])}, which both mean {split}; "
-            "keep one of them")
-        if names: found[split] = Path(root) / names[0]
-    if "train" not in found:
-        inside = [f for f in others if (Path(folders[f]) / "train").is_dir()]
-        near = f"; did you mean {Path(root) / inside[0]}?" if inside else f"; {_WANTED}"
-        raise FileNotFoundError(f"there is no folder {Path(root) / 'train'}{near}")
+            f"{root} has {'/, '.join(names)}/, which both mean {split}; keep one")
+    if not named["train"]:
+        inside = [f for f in others if (folders[f] / "train").is_dir()]
+        near = f"did you mean {folders[inside[0]]}?" if inside else _WANTED
+        raise FileNotFoundError(f"there is no folder {root / 'train'}; {near}")
     notes = [f"{shorten([f'{f}/' for f in others])} not read"] if others else []
-    return found, notes
+    return {split: folders[names[0]] for split, names in named.items() if names}, notes
 
 # %% ../nbs/02a_datasets.ipynb #7cec7aae
 def resize_images(
