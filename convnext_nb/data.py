@@ -283,12 +283,13 @@ class MemoryLoader(Loader):
         (rows, cols), transform = crop_indices(self), self.batch_transform()
         cfg, epoch = self.cfg, self.epoch
         recolor = RandAugment(cfg.rand_augment, self.info)
-        for b, i in self.batches(self.device):
+        # the samples' numbers twice: no step waits for the device to tell them
+        for (b, i), (_, samples) in zip(self.batches(self.device), self.batches()):
             h, w = rows[i][:, :, None], cols[i][:, None, :]
             x = self.images[i[:, None, None], h, w].permute(0, 3, 1, 2)  # (B, C, H, W)
             if self.train and cfg.rand_augment:
                 x = torch.stack([apply_with_seed(recolor, image, cfg.seed, epoch, k)
-                                 for image, k in zip(x, i.tolist())])
+                                 for image, k in zip(x, samples.tolist())])
             yield transform(b, x, i)
 
 # %% ../nbs/02c_data.ipynb #e78cb9c3
