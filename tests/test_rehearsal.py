@@ -82,7 +82,8 @@ def pretended_cuda():
             zero_gradients(run.optimizers)
         with patch.object(Tensor, "backward", backward): return train_step(run, x, y)
     cuda = dict(is_available=True, device_count=1, current_device=0, _lazy_init=None,
-                is_bf16_supported=True, get_device_capability=(9, 0))
+                is_bf16_supported=True, get_device_capability=(9, 0),
+                get_device_properties=SimpleNamespace(shared_memory_per_block_optin=232_448))
     patches = [patch.object(torch.cuda, name, lambda *_, v=value, **__: v)
                for name, value in cuda.items()]
     patches += [patch.object(*p) for p in (
