@@ -308,8 +308,8 @@ def _grads_of_kept(y, nw, w1, b1, w2, gamma, u, eps, n, h, a):
 # %% ../nbs/06_mlp.ipynb #6b000028
 def _block_at_inference(x, cw, cb, nw, nb, w1, b1, w2, b2, gamma, eps):
     "The block without gradients or drop path."
-    y = depthwise_conv(x, cw, cb)
-    if _fits(x, 192): return mlp_residual(x, y, nw, nb, w1, b1, w2, b2, gamma, None, eps)
+    y, mlp = depthwise_conv(x, cw, cb), (nw, nb, w1, b1, w2, b2, gamma)
+    if _fits(x, 192): return mlp_residual(x, y, *mlp, None, eps)
     y = linear_gelu(layer_norm(y, nw, nb, eps), w1, b1)
     return linear_residual(y, w2, b2, gamma, x)
 
