@@ -13,35 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.library import custom_op
 
-from convnext_nb.kernels import (
-    INTERPRET,
-    OPS,
-    _cdiv,
-    _check_params,
-    _next_power_of_2,
-    _per_sample,
-    _set_flops,
-    autotuned_jit,
-    bias_gelu,
-    bias_gelu_grad,
-    depthwise_conv,
-    depthwise_conv_grad,
-    gelu,
-    jit,
-    launch,
-    layer_norm,
-    layer_norm_grad,
-    linear_gelu,
-    linear_residual,
-    load,
-    load_drop_mask,
-    reduce_sum,
-    repeat,
-    scale_residual,
-    sum_dtype,
-    tl,
-    use_triton,
-)
+from .kernels import (
+    INTERPRET, OPS, _cdiv, _check_params, _next_power_of_2, _per_sample, _set_flops,
+    autotuned_jit, bias_gelu, bias_gelu_grad, depthwise_conv, depthwise_conv_grad, gelu,
+    jit, launch, layer_norm, layer_norm_grad, linear_gelu, linear_residual, load,
+    load_drop_mask, reduce_sum, repeat, scale_residual, sum_dtype, tl, use_triton)
 
 # %% ../nbs/06_mlp.ipynb #6b00000f
 def _parts(C):
