@@ -71,7 +71,7 @@ def set_random_state(
     if device.type == "cuda" and state["cuda"] is not None:
         torch.cuda.set_rng_state(state["cuda"], device)
 
-# %% ../nbs/08_checkpoints.ipynb #09123fdf
+# %% ../nbs/08_checkpoints.ipynb #8e3d0fc4
 PROGRESS = ("epoch", "batch", "skipped", "seconds", "history")  # attributes of a Run
 
 def next_batch(
@@ -85,6 +85,7 @@ def next_batch(
     labels = loader.labels.cpu()[batch]
     return hashlib.sha256(torch.stack([batch, labels]).numpy().tobytes()).hexdigest()
 
+# %% ../nbs/08_checkpoints.ipynb #d6f7c4cf
 def run_state(
     run: Run,       # at any step
     loader=None,    # its training loader; None: the data are left out
@@ -151,7 +152,7 @@ def _check_data(state, run, loader, path):
         "to go on all the same")
     return differs
 
-# %% ../nbs/08_checkpoints.ipynb #0837df6b
+# %% ../nbs/08_checkpoints.ipynb #f479197d
 def _put_back(state, weights, run):
     "Weights and moments of a checkpoint."
     for o, s in zip(run.optimizers, state["optimizers"], strict=True):
@@ -161,6 +162,7 @@ def _put_back(state, weights, run):
     run.model.load_state_dict(weights)
     run.scaler.load_state_dict(state["scaler"])
 
+# %% ../nbs/08_checkpoints.ipynb #35b9291d
 def _restore(state, path, run, loader):
     "Put back a checkpoint; a note if the data are others and may be."
     changed = _check_data(state, run, loader, path)
@@ -182,6 +184,7 @@ def _restore(state, path, run, loader):
     check_restored(state | dict(model=weights), run, loader, path)
     return changed and f"the data changed since {path} was written: {changed}"
 
+# %% ../nbs/08_checkpoints.ipynb #f8c2653e
 def load_checkpoint(
     path,        # what `save_checkpoint` wrote
     run: Run,    # of the same configuration
@@ -190,7 +193,7 @@ def load_checkpoint(
     "Put a run's state back; a ValueError, and no change, if the file does not fit."
     _restore(read_file(path), path, run, loader)
 
-# %% ../nbs/08_checkpoints.ipynb #6dca12a5
+# %% ../nbs/08_checkpoints.ipynb #6b0ce4ce
 def first_difference(
     a,                  # nested dicts and lists of tensors, numbers and strings
     b,                  # likewise
@@ -209,6 +212,7 @@ def first_difference(
     found = (first_difference(a[k], b[k], f"{path}.{k}".lstrip(".")) for k in keys)
     return next((f for f in found if f), None)
 
+# %% ../nbs/08_checkpoints.ipynb #6692c338
 def check_restored(
     saved: dict,    # what the file holds
     run: Run,       # that has taken it over
@@ -304,13 +308,14 @@ def write_json(
     text = json.dumps(values, indent=1, default=str)
     atomic_write(path, lambda tmp: tmp.write_text(text))
 
-# %% ../nbs/08_checkpoints.ipynb #33ace1ea
+# %% ../nbs/08_checkpoints.ipynb #6d1b925d
 def _holder(folder):
     "Who trains in a folder, in words."
     try: who = json.loads((folder / ".holder.json").read_text())
     except (OSError, ValueError): return "another process"  # it has just begun
     return "process {pid} on {host}, since {since},".format(**who)
 
+# %% ../nbs/08_checkpoints.ipynb #d323713e
 @contextmanager
 def lock_folder(
     folder: Path,   # of a run; it is made if it is not there

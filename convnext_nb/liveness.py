@@ -52,7 +52,7 @@ class Heartbeats:
                 peer.update(theirs)
             self.reached = time.monotonic()
 
-# %% ../nbs/08_liveness.ipynb #eb84916e
+# %% ../nbs/08_liveness.ipynb #8aee152b
 LOADER = "the loader"  # what a process waits for between two steps
 
 def silent(
@@ -63,6 +63,7 @@ def silent(
     ages = {r: time.monotonic() - peer["at"] for r, peer in beats.peers.items()}
     return {r: age for r, age in ages.items() if age > patience}
 
+# %% ../nbs/08_liveness.ipynb #750aaa57
 def gone(
     beats: Heartbeats,  # that `exchange` keeps up to date
     patience: float,    # seconds of silence that are too many

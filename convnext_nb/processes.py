@@ -45,6 +45,7 @@ def _store_of_restart(timeout):
     store, rank, world = next(rendezvous("env://", timeout=timeout))
     return dict(store=dist.PrefixStore(restarts, store), rank=rank, world_size=world)
 
+# %% ../nbs/02b_processes.ipynb #4c029794
 @contextmanager
 def process_group(
     device: str | None,     # as for `pick_device`
@@ -86,6 +87,7 @@ def from_rank0(
     if error: raise error
     return value
 
+# %% ../nbs/02b_processes.ipynb #81083d9e
 def in_all_processes(
     f,      # every process calls it
     *args,  # of `f`

@@ -94,7 +94,7 @@ class Report:
             line = json.dumps(dict(event=event) | values, default=str)
             print(line, file=self.stream or sys.stdout, flush=True)
 
-# %% ../nbs/08_runs.ipynb #099e9317
+# %% ../nbs/08_runs.ipynb #cc40b507
 @dataclass
 class _Job:
     "A run that is being trained, with everything around it."
@@ -107,6 +107,7 @@ class _Job:
     loaders: tuple = ()         # train, val, test
     run: Run | None = None
 
+# %% ../nbs/08_runs.ipynb #d590762e
 def _command_to_go_on(folder):
     "What to type in order to go on with a run."
     end, env = f"--out {shlex.quote(str(folder))} --resume", os.environ
@@ -119,6 +120,7 @@ def _command_to_go_on(folder):
                                f"--master_addr {address} --master_port {port}")
     return f"torchrun {where} -m convnext_nb.runs {end}"
 
+# %% ../nbs/08_runs.ipynb #fd0e0e6f
 def _start_job(cfg, folder, report, received):
     "The job without its data and its run, and with a watchdog."
     rank, world = rank_and_world_size()
@@ -172,7 +174,7 @@ def _prepare_folder(folder, cfg):
     write_json(folder / "config.json", asdict(cfg))
     for unfinished in folder.glob(".*.tmp"): unfinished.unlink()
 
-# %% ../nbs/08_runs.ipynb #f6efae02
+# %% ../nbs/08_runs.ipynb #3885a794
 def _schedule(cfg):
     "The learning rate of a run in words."
     warmup = cfg.epochs / 5 if cfg.warmup_epochs is None else cfg.warmup_epochs
@@ -181,6 +183,7 @@ def _schedule(cfg):
     return (f"the learning rate rises to {cfg.lr:g} in {warmup:g} of {cfg.epochs} "
             f"epochs and {down}")
 
+# %% ../nbs/08_runs.ipynb #6a9623a2
 def _take_over(job):
     "State of this run's own checkpoint, or of the run that it extends; notes on it."
     cfg, run, train_dl = job.cfg, job.run, job.loaders[0]
@@ -197,6 +200,7 @@ def _take_over(job):
     check_agreement(run)
     for note in notes: job.report("note", f"note: {note}")
 
+# %% ../nbs/08_runs.ipynb #8f7314f6
 def _start_or_resume(job, device):
     "The run, with its state."
     cfg, train_dl = job.cfg, job.loaders[0]
@@ -247,7 +251,7 @@ def _summary_writer(folder, run):
                          "pip install tensorboard") from None
     return SummaryWriter(folder / "tensorboard", purge_step=run.epoch + 1)
 
-# %% ../nbs/08_runs.ipynb #a956ab1f
+# %% ../nbs/08_runs.ipynb #4bfc4734
 def _save(job):
     "A checkpoint, now."
     run, path = job.run, job.folder / "last.pt"
@@ -267,6 +271,7 @@ def _best_top1(run):
     top1 = [row["val_top1"] for row in run.history]
     return None if None in top1 else max(top1)
 
+# %% ../nbs/08_runs.ipynb #d75ac5e8
 def _record_epoch(job, row, writer):
     "The epoch on disk: best weights, history, a line, a checkpoint."
     run, folder = job.run, job.folder
@@ -366,7 +371,7 @@ def _write_result(job, test):
     (folder / "previous.pt").unlink(missing_ok=True)
     return result
 
-# %% ../nbs/08_runs.ipynb #771b88af
+# %% ../nbs/08_runs.ipynb #5d09d63a
 @contextmanager
 def _peers_lost(watch):
     "A failed call of torch.distributed as `PeerLost`."
@@ -377,6 +382,7 @@ def _peers_lost(watch):
         if not several or not (known or isinstance(e, dist.DistError)): raise
         raise watch.lost(e) from None
 
+# %% ../nbs/08_runs.ipynb #2e912d51
 def train(
     cfg: TrainConfig,   # with `resume`: as before, see MAY_DIFFER_ON_RESUME
     after_epoch=None,   # called with the run folder after each epoch, by one process
@@ -477,7 +483,7 @@ def _explain_torch_errors():
             raise PeerLost(f"another process of the run is gone: {first}") from None
         raise
 
-# %% ../nbs/08_runs.ipynb #f352441c
+# %% ../nbs/08_runs.ipynb #e6d7ea8e
 def _train_from_options(options, report):
     "Train as the command line says; says how to go on if it is stopped."
     cfg = config_of_options(options)
@@ -500,6 +506,7 @@ def _train_from_options(options, report):
     report("result", f"test accuracy {result['test_top1']:.2%} after "
            f"{result['epochs']} epochs; run folder: {cfg.out}", out=cfg.out, **result)
 
+# %% ../nbs/08_runs.ipynb #8d0cf794
 def main(argv: list | None = None):  # None: the process's own
     "The command `convnext-train`."
     parser, given = make_parser(), sys.argv[1:] if argv is None else argv
