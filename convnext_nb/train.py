@@ -38,8 +38,7 @@ class ModelConfig(DataConfig):
     # file or timm tag to start from, such as convnext_tiny.fb_in1k; None: from scratch
     weights: str | None = None
     depths: str | None = None   # blocks of each stage, such as 2,4,2; None: the model's
-    # channels of each stage, such as 48,96,192; None: the model's
-    dims: str | None = None
+    dims: str | None = None     # channels of each stage, such as 48,96,192
     kernel_size: int = 7        # side of the depthwise kernels; 3 and 5 suit small maps
     mlp_ratio: float = 4.       # hidden channels of an MLP per channel
     norm_layer: str = "layernorm"  # or batchnorm, which learns faster in short runs
@@ -63,9 +62,8 @@ class RecipeConfig(ModelConfig):
     optimizer: str = "adamw"  # adamw, or muon for matrices (adamw elsewhere)
     lr: float = 4e-3            # peak learning rate; the paper's, at its batch of 4096
     min_lr: float = 1e-6        # learning rate of the last step
-    schedule: str = "cosine"    # the way down from lr to min_lr: cosine or linear
-    # linear warm-up from 0; None: a fifth of the epochs; the paper: 20 of 300
-    warmup_epochs: float | None = None
+    schedule: str = "cosine"  # from lr down to min_lr: cosine, linear; or constant
+    warmup_epochs: float | None = None  # from 0; None: a fifth of all; the paper: 20
     weight_decay: float = .05   # on matrices and kernels only
     # fine-tuning: factor on the learning rate for every three blocks away from the
     # classifier; the paper: .7
@@ -82,19 +80,21 @@ class TrainConfig(RecipeConfig):
     "Precision, memory, speed, and the run's folder."
     # bfloat16 or float16 (autocast), or float32; None: bfloat16 if it is fast here
     amp_dtype: str | None = None
-    # parts that a step's images are cut into, to save memory; the step stays the same
-    grad_accum_steps: int = 1
-    # compute activations again in the backward pass, to save memory
-    grad_checkpointing: bool = False
+    grad_accum_steps: int = 1   # parts that a step's images are cut into: less memory
+    grad_checkpointing: bool = False  # compute activations twice: less memory
     compile: bool = False       # torch.compile the network
     accelerate: bool = False    # the faster blocks of chapter 07, where there are any
-    # replay each step as a CUDA graph, so that none waits for Python; on a CPU: nothing
-    cuda_graph: bool = False
+    cuda_graph: bool = False    # replay steps as a CUDA graph; on a CPU: nothing
     out: str | None = None      # run folder; None: runs/<dataset>, or the next free -N
     resume: bool = False  # go on with the run in `out`, or start it if there is none
-    # save every so many steps too; 0: after each epoch, and when stopped
-    checkpoint_steps: int = 0
+    # a run's folder: a new run goes on from its weights and moments, in `out`
+    extend: str | None = None
+    data_changed: bool = False  # resume although the images are others than before
+    checkpoint_steps: int = 0   # save every so many steps too; 0: after each epoch
+    # seconds without a word after which another process, or a loader, counts as gone
+    dist_timeout: float = 120.
     tensorboard: bool = False   # write the history for TensorBoard too
+    log_format: str = "text"    # of stdout: text, or json, an object in each line
 
     def __post_init__(self): _check(self)
 
@@ -105,8 +105,9 @@ def _check(cfg):
         value = getattr(cfg, name)
         if value is not None and not low <= value <= high:
             raise ValueError(f"{name} is {value}; it must lie in [{low}, {high}]")
-    choices = dict(optimizer=("adamw", "muon"), schedule=("cosine", "linear"),
-                   amp_dtype=(None, "bfloat16", "float16", "float32"))
+    choices = dict(
+        optimizer=("adamw", "muon"), schedule=("cosine", "linear", "constant"),
+        amp_dtype=(None, "bfloat16", "float16", "float32"), log_format=("text", "json"))
     for name, known in choices.items():
         if getattr(cfg, name) not in known:
             use = " or ".join(k for k in known if k)
@@ -128,7 +129,7 @@ def _limits(cfg):
     return data | dict(
         kernel_size=(1, 255), mlp_ratio=(.1, 64), patch_size=(1, 2**10),
         init_std=(0, 1e6), drop_path_rate=(0, .999), head_init_scale=(0, 1e3),
-        epochs=(1, 2**24), lr=(1e-12, 1e12), min_lr=(0, 1e12),
+        epochs=(1, 2**24), lr=(1e-12, 1e12), min_lr=(0, 1e12), dist_timeout=(1, 1e6),
         warmup_epochs=(0, cfg.epochs), weight_decay=(0, 1e6), layer_decay=(.01, 1),
         label_smoothing=(0, .999), clip_grad=(1e-6, 1e6), ema_decay=(0, .999999),
         grad_accum_steps=(1, cfg.batch_size), checkpoint_steps=(0, 2**30))
@@ -243,7 +244,6 @@ def _fast_bfloat16(device: torch.device) -> bool:  # cuda or cpu
     cpu_has = getattr(torch.cpu, "get_capabilities", dict)()
     return device.type == "cuda" or any(map(cpu_has.get, ("avx512_bf16", "amx_bf16")))
 
-# %% ../nbs/03_train.ipynb #39e2c878
 @torch.no_grad()
 def orthogonalize(
     x: torch.Tensor,    # (N, rows, columns): N matrices
@@ -300,7 +300,6 @@ def _mixing_weights(model):
     last = [m for m in layers if isinstance(m, nn.Linear)][-1:]
     return {id(m.weight) for m in layers if m.weight.shape[1] > 1 and m not in last}
 
-# %% ../nbs/03_train.ipynb #2e4703ee
 def make_optimizers(
     model: ConvNeXt,    # on the device where it will train
     cfg: TrainConfig,   # `optimizer`, rates and decays
@@ -325,10 +324,11 @@ def lr_at(
     cfg: TrainConfig,    # `lr`, `min_lr`, `schedule`, `epochs` and `warmup_epochs`
     epoch_steps: int,    # steps in an epoch
 ) -> float:              # learning rate of the next step
-    "Linear warm-up from 0 to `lr`, then cosine or linear down to `min_lr`."
+    "Linear warm-up from 0 to `lr`, then down to `min_lr`, or constant."
     total = cfg.epochs * epoch_steps
     warmup = total / 5 if cfg.warmup_epochs is None else cfg.warmup_epochs * epoch_steps
     if step < warmup: return cfg.lr * (step + 1) / (warmup + 1)
+    if cfg.schedule == "constant": return cfg.lr
     done = min(1, (step - warmup) / max(1, total - 1 - warmup))
     left = 1 - done if cfg.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
     return cfg.min_lr + (cfg.lr - cfg.min_lr) * left

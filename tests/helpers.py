@@ -2,6 +2,7 @@
 import json
 import multiprocessing
 import os
+import re
 import runpy
 import socket
 import subprocess
@@ -13,6 +14,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+from filelock import FileLock
 from PIL import Image
 
 from convnext_nb.pretrained import read_file
@@ -187,3 +189,46 @@ def benchmark(folder, name, *args, status=0, **environ):
     out, err = p.communicate()
     assert p.returncode == status, err
     return out if status == 0 else err
+
+
+FAULTS = ROOT / "tests" / "faults.md"
+HEAD = """# Faults and bad input, and what each of them gets
+
+Written by the tests, each of which has seen what its row says: `rm tests/faults.md`, then
+`CONVNEXT_NB_FAULTS=1 make test`. Without the variable they compare. N stands for numbers that vary,
+... for folders.
+"""
+
+
+def fault_rows():
+    "Section -> fault -> what it gets."
+    sections = {}
+    for line in FAULTS.read_text().splitlines() if FAULTS.exists() else []:
+        if line.startswith("## "): rows = sections.setdefault(line[3:], {})
+        elif line.startswith("| ") and line != "| fault | gets |":
+            fault, gets = line[2:-2].split(" | ")
+            rows[fault] = gets
+    return sections
+
+
+def told(section, fault, gets):
+    "A row of faults.md that a test has just seen: it is there, or it is written."
+    gets = gets.replace("convnext-train: error: ", "").replace(socket.gethostname(), "HOST")
+    gets = gets.strip()
+    gets = re.sub(r"(?<![\w.])/(?!(?:proc|dev)/)[^\s;,:'\"]*/(?=[^\s;,:'\"/]+)", ".../", gets)
+    for pattern in (r"process (\d{3,})", r"([\d.e-]*\d) s\b", r"step (\d+)",
+                    r"since ([-\d]+ [:\d]+)", r"cc:(\d+)", r"pos (\d+)",
+                    r"vs (\d+)", r"port (\d+)"):
+        gets = re.sub(pattern, lambda m: m[0].replace(m[1], "N"), gets)
+    fault, gets = (text.replace("|", "\\|") for text in (fault, gets))
+    if "CONVNEXT_NB_FAULTS" not in os.environ:
+        assert fault_rows().get(section, {}).get(fault) == gets, f"{fault}: {gets}"
+        return
+    with FileLock(FAULTS.with_suffix(".lock")):
+        sections = fault_rows()
+        sections.setdefault(section, {})[fault] = gets
+        text = HEAD
+        for name, rows in sorted(sections.items()):
+            table = "".join(f"| {k} | {v} |\n" for k, v in sorted(rows.items()))
+            text += f"\n## {name}\n\n| fault | gets |\n|---|---|\n{table}"
+        FAULTS.write_text(text)

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import FRESH, Fresh, free_port, settle, tree
+from helpers import FRESH, Fresh, free_port, settle, told, tree
 from torch import distributed as dist
 
 from convnext_nb.data import (
@@ -315,6 +315,7 @@ def test_folder_is_taken(photos, change):
     do, more = TAKEN[change]
     do(photos)
     assert first_line(photos) == GOOD + more
+    told("Folders of images that are taken", change, f"taken, as without it{more}")
 
 
 @pytest.mark.parametrize("change", TAKEN_AS)
@@ -322,6 +323,7 @@ def test_splits_are_found(photos, change):
     do, line = TAKEN_AS[change]
     do(photos)
     assert first_line(photos) == line
+    told("Folders of images that are taken", change, line)
 
 
 @pytest.mark.parametrize("change", REFUSED)
@@ -330,6 +332,7 @@ def test_folder_is_refused(photos, change):
     do(photos)
     with pytest.raises((ValueError, OSError), match=message) as e: first_line(photos)
     assert "\n" not in str(e.value)
+    told("Folders of images that are refused", change, str(e.value))
 
 
 def as_nobody(root, path):

@@ -1,10 +1,13 @@
 "Two processes on the CPU, and torchrun."
 import os
+import shutil
 import signal
 import subprocess
 import time
+from collections import Counter
 from contextlib import suppress
 from functools import partial
+from random import Random
 
 import torch
 from helpers import (
@@ -123,3 +126,46 @@ def test_torchrun_ends_with_a_killed_process(tmp_path):
     assert p.returncode and time.monotonic() - began < 100
     assert not (killed / "result.json").exists()
     assert read_file(killed / "last.pt")["batch"] >= 0
+
+
+KILLS = int(os.environ.get("CONVNEXT_NB_KILLS", 4))
+
+
+def start_two(out):
+    "Two processes of one run."
+    args = [*SMALL, "--epochs", 1, "--resume", "--out", out, "--dist_timeout", 5]
+    return [start(*args, prepare=partial(set_environ, group)) for group in groups(2)]
+
+
+def test_one_of_two_killed_at_any_instant(tmp_path):
+    """The other one ends by itself, and both go on to the end of a run that was never cut.
+
+    CONVNEXT_NB_KILLS=100 kills a hundred times.
+    """
+    for p in start_two(tmp_path / "whole"):
+        _, err = p.communicate()
+        assert p.returncode == 0, err
+    random, kills, run, statuses, longest = Random(0), 0, 0, Counter(), 0
+    while kills < KILLS or run == 0:
+        out = tmp_path / f"run{run}"
+        ranks = start_two(out)
+        if kills < KILLS:
+            ranks[0].process.join(random.uniform(.3, 2.5))
+            began, killed = time.monotonic(), random.randrange(2)
+            if ranks[killed].process.is_alive():
+                os.kill(ranks[killed].pid, signal.SIGKILL)
+                kills += 1
+            for p in ranks:
+                _, err = p.communicate(timeout=60)
+                assert "Traceback" not in err, err
+            statuses[ranks[1 - killed].returncode] += 1
+            longest = max(longest, time.monotonic() - began)
+        else:
+            for p in ranks: p.communicate(timeout=60)
+        if (out / "result.json").exists():
+            assert_same_run(tmp_path / "whole", out)
+            shutil.rmtree(out)
+            run += 1
+    print(f"{kills} kills in {run} runs: statuses of the other {dict(statuses)}, "
+          f"at most {longest:.1f} s until both were gone")
+    assert longest < 30 and set(statuses) <= {0, 3}
