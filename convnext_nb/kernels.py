@@ -90,7 +90,8 @@ def autotuned_jit(configs, key):
     "`jit`, and (sizes, warps[, stages]) tuned for each value of the arguments `key`."
     if triton is None: return jit
     configs = [triton.Config(*config) for config in configs]
-    tune = triton.autotune(configs[:1] if INTERPRETED else configs, key=key)
+    if triton.knobs.runtime.interpret: configs = configs[:1]
+    tune = triton.autotune(configs, key=key)
     return lambda f: tune(jit(f))
 
 def launch(kernel, grid, x, *args, **constants):
