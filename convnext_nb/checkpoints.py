@@ -152,13 +152,14 @@ def _check_data(state, run, loader, path):
         "to go on all the same")
     return differs
 
-# %% ../nbs/08_checkpoints.ipynb #f479197d
+# %% ../nbs/08_checkpoints.ipynb #f23a905e
 def _put_back(state, weights, run):
     "Weights and moments of a checkpoint."
     for o, s in zip(run.optimizers, state["optimizers"], strict=True):
         o.load_state_dict(s)
         for g in o.param_groups:  # the learning rate stays a tensor on the device
-            g["lr"] = torch.as_tensor(g["lr"], dtype=torch.float32, device=run.device)
+            dtype = torch.get_default_dtype()
+            g["lr"] = torch.as_tensor(g["lr"], dtype=dtype, device=run.device)
     run.model.load_state_dict(weights)
     run.scaler.load_state_dict(state["scaler"])
 

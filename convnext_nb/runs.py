@@ -474,6 +474,9 @@ def _explain_torch_errors():
     except (BrokenPipeError, PeerLost): raise
     except OSError as e:  # a worker's: without its traceback
         raise OSError(re.split(r"^\w+Error: ", str(e), flags=re.M)[-1]) from None
+    except (dist.DistNetworkError, dist.DistStoreError) as e:
+        last = str(e).strip().splitlines()[-1]
+        raise PeerLost(f"another process cannot be reached: {last}") from None
     except dist.DistError as e: raise OSError(str(e).strip().splitlines()[-1]) from None
     except RuntimeError as e:
         first = (str(e).splitlines() or [""])[0]

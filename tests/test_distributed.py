@@ -21,8 +21,9 @@ from helpers import (
     start,
     torchrun,
 )
+from torch import distributed as dist
 
-from convnext_nb import data, train
+from convnext_nb import checkpoints, data, processes, train
 from convnext_nb.pretrained import read_file
 
 
@@ -78,6 +79,55 @@ def test_two_processes_learn_what_one_learns(tmp_path):
             assert rank["result"]["count"] == one["result"]["count"] == 144
             assert rank["result"]["top1"] == one["result"]["top1"]
             assert abs(rank["result"]["loss"] - one["result"]["loss"]) < 1e-6
+
+
+def go_on(out, source, steps, environ):
+    """In a process of its own: go on from a checkpoint if there is one, take some steps, save.
+
+    In float64, without drop path: its random numbers are another in each number of processes.
+    """
+    os.environ |= environ
+    torch.set_default_dtype(torch.float64)
+    real = data.Loader.batch_transform
+    def doubles(self):
+        transform = real(self)
+        return lambda *a: tuple(t.double() if t.is_floating_point() else t for t in transform(*a))
+    data.Loader.batch_transform = doubles
+    def stop(_):
+        if run.batch == steps: raise StopIteration
+    with processes.process_group("cpu", 60) as device:
+        cfg = train.TrainConfig(device="cpu", batch_size=24, depths="1,1", dims="16,32", mixup=.8)
+        loader = data.create_loaders(cfg)[0]
+        run = train.Run(cfg, loader.info, len(loader), device)
+        if source: checkpoints.load_checkpoint(source, run, loader)  # compares every field
+        checkpoints.check_agreement(run)
+        with suppress(StopIteration): train.train_epoch(run, loader, stop)
+        checkpoints.save_checkpoint(out, run, loader)
+        if run.world > 1: dist.barrier()
+    os._exit(0)
+
+
+def test_saved_by_four_processes_resumed_by_fewer(tmp_path):
+    "One, two and three go on from the same state, to the same weights, moments and next batch."
+    def members(n, name, source, steps):
+        ranks = [Fresh(go_on, tmp_path / name, source, steps, group) for group in groups(n)]
+        for p in ranks:
+            _, err = p.communicate()
+            assert p.returncode == 0, err
+        return read_file(tmp_path / name)
+    begun = members(4, "begun.pt", None, 5)
+    assert len(begun["processes"]) == 4 and begun["batch"] == 5
+    four = members(4, "4.pt", tmp_path / "begun.pt", 9)
+    for n in (1, 2, 3):
+        fewer = members(n, f"{n}.pt", tmp_path / "begun.pt", 9)
+        assert len(fewer["processes"]) == n
+        for field in ("epoch", "batch", "schedule", "next_batch", "data"):
+            assert fewer[field] == four[field], field
+        for k, v in four["model"].items():
+            if v.is_floating_point(): assert (v - fewer["model"][k]).norm() <= 1e-9 * v.norm(), k
+        for i, moments in four["optimizers"][0]["state"].items():
+            other = fewer["optimizers"][0]["state"][i]
+            for k, v in moments.items(): assert (v - other[k]).norm() <= 1e-7 * v.norm(), (i, k)
 
 
 def several(n, *args):
