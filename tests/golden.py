@@ -18,9 +18,13 @@ RECIPE = dict(device="cpu", batch_size=32, depths="1,1", dims="16,32", drop_path
 
 
 def machine():
-    "Its kind, as far as the numbers depend on it."
-    kind = torch.backends.cpu.get_cpu_capability()
-    return f"{platform.machine()} {kind}, torch {torch.__version__.partition('+')[0]}"
+    "Its kind, as far as the numbers depend on it: libraries choose their code by the processor."
+    kind = [platform.machine(), torch.backends.cpu.get_cpu_capability()]
+    info = Path("/proc/cpuinfo")  # Linux
+    lines = info.read_text().splitlines() if info.exists() else []
+    facts = dict(line.replace("\t", "").split(": ", 1) for line in lines if ": " in line)
+    kind += [facts[k] for k in ("vendor_id", "cpu family", "model") if k in facts]
+    return f"{' '.join(kind)}, torch {torch.__version__.partition('+')[0]}"
 
 
 def losses(dtype, steps=100):
