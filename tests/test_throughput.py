@@ -77,6 +77,12 @@ def bench(throughput, monkeypatch, folder, *options, **wrappers):
     return json.loads((folder / "small.json").read_text())
 
 
+def test_some_networks_alone(throughput, monkeypatch, tmp_path):
+    peers = dict(timm=plain, torchvision=plain)
+    r = bench(throughput, monkeypatch, tmp_path, "--networks", "timm", ours=plain, **peers)
+    assert [list(s["networks"]) for s in r["settings"]] == [["ours", "timm"]] * 2
+
+
 def test_a_slow_network_shows_and_a_failing_one_leaves_the_others(
         throughput, monkeypatch, tmp_path, capsys):
     r = bench(throughput, monkeypatch, tmp_path, ours=plain, timm=plain, late=Late, large=NoRoom)
