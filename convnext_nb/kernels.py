@@ -576,6 +576,7 @@ def _conv_plus(x, weight, bias, plus):
     launch(conv_kernel, grid, x, taps, bias, plus, y, H, W, rows, C=C, K=K)
     return y
 
+# %% ../nbs/06_kernels.ipynb #ceeb2612
 @custom_op("convnext_nb::depthwise_conv", mutates_args=())
 def depthwise_conv(
     x: Tensor,       # (N, H, W, C)

@@ -79,6 +79,7 @@ def norm_tiles(y, w, b, p, P, eps, C: tl.constexpr, ACC: tl.constexpr,
 FORWARD = [(dict(PIXELS=p, HIDDEN=h), warps, stages) for p, h, warps, stages in
            ((64, 64, 4, 2), (128, 64, 8, 3), (64, 32, 4, 2))]
 
+# %% ../nbs/06_mlp.ipynb #6b730b0f
 @autotuned_jit(FORWARD, ["C", "O"])
 def mlp_kernel(y, norm_w, norm_b, w1, b1, w2, b2, gamma, drop_mask, x, out,
                P, pixels, eps, C: tl.constexpr, O: tl.constexpr,
@@ -124,6 +125,7 @@ def _mlp_arguments(y, vectors, fc1_weight, fc2_weight):
         raise ValueError(f"weights of shape {found} for {wanted}")
     return y, *vectors, *(w.to(y.dtype).contiguous() for w in (fc1_weight, fc2_weight))
 
+# %% ../nbs/06_mlp.ipynb #678cbb51
 @custom_op("convnext_nb::mlp_residual", mutates_args=())
 def mlp_residual(x: Tensor, y: Tensor, norm_weight: Tensor, norm_bias: Tensor,
                  fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor,
@@ -157,6 +159,7 @@ def gamma_tiles(u, gamma, out, p, P, C: tl.constexpr, ACC: tl.constexpr,
         scaled = scaled + ((v.to(ACC) * scale).to(v.dtype),)
     return scaled
 
+# %% ../nbs/06_mlp.ipynb #78dd6f1f
 @jit
 def norm_grads(dn, y, norm_w, mean, rstd, dy, out, p, P, C: tl.constexpr,
                ACC: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr):
@@ -180,6 +183,7 @@ def norm_grads(dn, y, norm_w, mean, rstd, dy, out, p, P, C: tl.constexpr,
 BACKWARD = [(dict(PIXELS=p, HIDDEN=h), warps, stages) for p, h, warps, stages in
             ((64, 32, 4, 3), (128, 64, 8, 2), (64, 32, 4, 2))]
 
+# %% ../nbs/06_mlp.ipynb #28cbd20e
 @autotuned_jit(BACKWARD, ["C", "O"])
 def mlp_grad_kernel(y, norm_w, norm_b, w1, b1, w2, gamma, u, dy, n, d, a, out, P, eps,
                     C: tl.constexpr, O: tl.constexpr, HALF: tl.constexpr,
@@ -219,6 +223,7 @@ def _mlp_grads(y, nw, nb, w1, b1, w2, gamma, u, eps):
     du = u.flatten(0, -2).sum(0, dtype=gamma.dtype)
     return dy, dnw, dnb, db1, du, n, d, bias_gelu(h, b1)
 
+# %% ../nbs/06_mlp.ipynb #547fde1b
 @custom_op("convnext_nb::mlp_residual_grad", mutates_args=())
 def mlp_residual_grad(y: Tensor, norm_weight: Tensor, norm_bias: Tensor,
                       fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor,
@@ -245,6 +250,7 @@ def _weight_grad(g, x, weight):
     "Gradient to the weight of a linear layer, given its input and that of its result."
     return (g.flatten(0, -2).t() @ x.flatten(0, -2)).to(weight.dtype)
 
+# %% ../nbs/06_mlp.ipynb #6c29c8a8
 class _Block(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, cw, cb, nw, nb, w1, b1, w2, b2, gamma, drop_mask, eps):
@@ -289,6 +295,7 @@ def _block_at_inference(x, cw, cb, nw, nb, w1, b1, w2, b2, gamma, eps):
     y = linear_gelu(layer_norm(y, nw, nb, eps), w1, b1)
     return linear_residual(y, w2, b2, gamma, x)
 
+# %% ../nbs/06_mlp.ipynb #df17f665
 def convnext_block(
     x: Tensor,                        # (N, H, W, C)
     conv_weight: Tensor,              # (C, 1, K, K), K odd
