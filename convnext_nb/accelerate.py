@@ -14,7 +14,8 @@ from statistics import median
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
+from torch.library import custom_op
 
 from .blocks import (
     GRN, BatchNormLast, ConvNeXtBlock, DropPath, LayerNorm2d, PointwiseLinear)
@@ -35,10 +36,6 @@ def _gamma(block, x):
     return x.new_ones(x.shape[-1]) if block.gamma is None else block.gamma
 
 def _has_grn(block): return len(block.mlp) == 4
-
-def _can_fuse_mlp(block):
-    "Does nobody need the hidden map: no gradient, no GRN?"
-    return not (torch.is_grad_enabled() or block.training or _has_grn(block))
 
 def _drop_mask(block, x):
     "Drop path's factor of each sample's branch; None: nothing is dropped."
@@ -81,67 +78,49 @@ class TritonNorm2d(LayerNorm2d):
 # %% ../nbs/07_accelerate.ipynb #1a07c274
 # private to PyTorch; where it is missing, plain code runs
 _LINEAR_POINTWISE = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+_HAS_BF16 = _LINEAR_POINTWISE and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 def _onednn_takes(x):
     "Can `_onednn_linear` be asked?"
     if _LINEAR_POINTWISE is None or x.device.type != "cpu": return False
-    if x.dtype == torch.bfloat16: return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return x.dtype == torch.float32
+    return x.dtype == torch.float32 or x.dtype == torch.bfloat16 and _HAS_BF16
 
-def _onednn_linear(x, fc, act="none", shortcut=None):
-    "The layer `fc`, then `act` or the sum with `shortcut`, in one pass."
-    weight, bias = fc.weight.to(x.dtype), fc.bias.to(x.dtype)
+def _linear_and(x: Tensor, weight: Tensor, bias: Tensor, act: str,
+                shortcut: Tensor | None) -> Tensor:
     if shortcut is None: return _LINEAR_POINTWISE(x, weight, bias, act, [], "none")
     return _LINEAR_POINTWISE.binary(x, shortcut, weight, bias, "add")
 
 # %% ../nbs/07_accelerate.ipynb #17c05912
-class _Pointwise(torch.autograd.Function):
-    "A 1x1 convolution of (N, H, W, C) whose gradient to the weight is a product."
-    @staticmethod
-    def forward(ctx, x, weight, bias):
-        ctx.save_for_backward(x, weight)
-        y = F.conv2d(x.permute(0, 3, 1, 2), weight[:, :, None, None], bias)
-        return y.permute(0, 2, 3, 1)
+# `torch.compile` would take oneDNN's operation apart, but not one that it does not know
+_compiled_linear = custom_op("convnext_nb::onednn_linear", mutates_args=())(_linear_and)
+_compiled_linear.register_fake(
+    lambda x, weight, *_: x.new_empty(*x.shape[:-1], len(weight)))
 
-    @staticmethod
-    def backward(ctx, g):
-        (x, weight), g = ctx.saved_tensors, g.contiguous()
-        dx = F.conv2d(g.permute(0, 3, 1, 2), weight.t()[:, :, None, None])
-        x, rows = x.flatten(0, 2), g.flatten(0, 2)
-        dw = rows.t() @ x if ctx.needs_input_grad[1] else None
-        return dx.permute(0, 2, 3, 1), dw, rows.sum(0)
-
-def _cpu_mlp(mlp, y):
-    "The MLP of a block, with `_Pointwise` where a 1x1 convolution is what it asks for."
-    wanted = y.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    if not wanted or y.shape[1:3] == (1, 1): return mlp(y)
-    for m in mlp:
-        linear = isinstance(m, PointwiseLinear)
-        y = _Pointwise.apply(y.contiguous(), m.weight, m.bias) if linear else m(y)
-    return y
+def _onednn_linear(x, fc, act="none", shortcut=None):
+    "The layer `fc`, then `act` or the sum with `shortcut`, in one pass."
+    run = _compiled_linear if torch.compiler.is_compiling() else _linear_and
+    return run(x, fc.weight.to(x.dtype), fc.bias.to(x.dtype), act, shortcut)
 
 # %% ../nbs/07_accelerate.ipynb #80a964a0
 class CPUBlock(ConvNeXtBlock):
     "A block for oneDNN: fused products at inference, faster gradients in training."
     def forward(self, x):                                       # (N, C, H, W)
-        fuse = _can_fuse_mlp(self)
-        if fuse and torch.compiler.is_compiling():  # the compiler fuses by itself
-            return super().forward(x)
-        x = _to_nhwc(x)
-        if fuse and _onednn_takes(x):
-            y = self.conv_dw(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-            y = _onednn_linear(self.norm(y), self.mlp.fc1, "gelu")
-            if self.gamma is None:                              # as in a folded network
+        if torch.compiler.is_exporting(): return super().forward(x)
+        x, conv, gamma = _to_nhwc(x), self.conv_dw, self.gamma
+        inference = not (torch.is_grad_enabled() or self.training)
+        if inference or conv.kernel_size[0] < 5:
+            y = conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        else: y = depthwise_conv(x, conv.weight, conv.bias)
+        y = self.norm(y)                                        # (N, H, W, C)
+        if inference and _onednn_takes(x):
+            y = _onednn_linear(y, self.mlp.fc1, "gelu")
+            if _has_grn(self): y = self.mlp.grn(y).to(x.dtype)
+            if gamma is None:                                   # V2, or a folded network
                 x = _onednn_linear(y, self.mlp.fc2, shortcut=x)
                 return x.permute(0, 3, 1, 2)                    # (N, C, H, W)
-            y = _onednn_linear(y, self.mlp.fc2)                 # (N, H, W, C)
-        else:
-            if self.conv_dw.kernel_size[0] < 5:
-                y = self.conv_dw(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-            else: y = depthwise_conv(x, self.conv_dw.weight, self.conv_dw.bias)
-            y = self.drop_path(_cpu_mlp(self.mlp, self.norm(y)))
-        if self.gamma is None: x = x + y
-        else: x = torch.addcmul(x, y, self.gamma.to(x.dtype))
+            y = _onednn_linear(y, self.mlp.fc2)
+        else: y = self.drop_path(self.mlp(y))
+        x = x + y if gamma is None else torch.addcmul(x, y, gamma.to(x.dtype))
         return x.permute(0, 3, 1, 2)                            # (N, C, H, W)
 
 # %% ../nbs/07_accelerate.ipynb #6bda53c2

@@ -30,15 +30,20 @@ class LayerNorm2d(nn.LayerNorm):
 # %% ../nbs/00_blocks.ipynb #e3ff0e44
 _ONEDNN = torch.backends.mkldnn.is_available()
 
+def _conv_is_faster(x, fc):
+    "Is a 1x1 convolution the faster way to compute the Linear `fc` of `x`?"
+    # torch.fx traces with something that is no tensor
+    if not (_ONEDNN and isinstance(x, torch.Tensor) and x.ndim == 4): return False
+    if (x.device.type, x.dtype) != ("cpu", torch.float32): return False
+    # compiled gradients are those of products
+    if torch.compiler.is_compiling(): return not torch.is_grad_enabled()
+    multiply_adds = x.numel() * fc.out_features
+    return x.shape[1] * x.shape[2] > 4 and multiply_adds >= 2**27
+
 class PointwiseLinear(nn.Linear):
-    "A Linear on (N, H, W, C), computed as a 1x1 convolution in float32 on a CPU."
+    "A Linear on (N, H, W, C), as a 1x1 convolution where that is faster on a CPU."
     def forward(self, x):             # (N, H, W, in_features)
-        # torch.fx traces with something that is no tensor
-        use_conv = _ONEDNN and isinstance(x, torch.Tensor) and x.ndim == 4
-        use_conv = use_conv and (x.device.type, x.dtype) == ("cpu", torch.float32)
-        # on a map of one position the Linear is faster
-        use_conv = use_conv and not (x.shape[1] == 1 and x.shape[2] == 1)
-        if not use_conv: return super().forward(x)
+        if not _conv_is_faster(x, self): return super().forward(x)
         x = F.conv2d(x.permute(0, 3, 1, 2), self.weight[:, :, None, None], self.bias)
         return x.permute(0, 2, 3, 1)  # (N, H, W, out_features)
 
