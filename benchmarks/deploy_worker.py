@@ -36,8 +36,7 @@ def in_torch(net, spec, compiled=False, channels_last=False, fast=False):
     if fast:
         from convnext_nb.accelerate import accelerate
         from convnext_nb.deploy import fold
-        net = fold(net)
-        if not compiled: net = accelerate(net)
+        net = accelerate(fold(net))
     if compiled: net = torch.compile(net, dynamic=False)
     return torch_call(net, spec["dtype"], spec["threads"], channels_last)
 

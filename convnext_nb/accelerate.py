@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.library import custom_op
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .blocks import (
     GRN, BatchNormLast, ConvNeXtBlock, DropPath, LayerNorm2d, PointwiseLinear)
@@ -85,12 +86,30 @@ def _onednn_takes(x):
     if _LINEAR_POINTWISE is None or x.device.type != "cpu": return False
     return x.dtype == torch.float32 or x.dtype == torch.bfloat16 and _HAS_BF16
 
+# %% ../nbs/07_accelerate.ipynb #9e962fa3
+_PACKED = WeakTensorKeyDictionary()  # weight -> its state, the packed copy
+
+def _is_frozen(weight):
+    "Is `weight` an ordinary parameter that nobody trains or traces?"
+    if type(weight) is not nn.Parameter or torch.jit.is_tracing(): return False
+    return not (weight.requires_grad or weight.is_inference())
+
+def _packed(weight, dtype):
+    "A frozen `weight` in `dtype` and in oneDNN's order; made once."
+    state = weight._version, weight.data_ptr(), dtype
+    if weight not in _PACKED or _PACKED[weight][0] != state:
+        _PACKED[weight] = state, torch.ops.mkldnn._reorder_linear_weight(
+            weight.to(dtype).contiguous())
+    return _PACKED[weight][1]
+
+# %% ../nbs/07_accelerate.ipynb #17c05912
 def _linear_and(x: Tensor, weight: Tensor, bias: Tensor, act: str,
                 shortcut: Tensor | None) -> Tensor:
+    frozen, bias = _is_frozen(weight), bias.to(x.dtype)
+    weight = _packed(weight, x.dtype) if frozen else weight.to(x.dtype)
     if shortcut is None: return _LINEAR_POINTWISE(x, weight, bias, act, [], "none")
     return _LINEAR_POINTWISE.binary(x, shortcut, weight, bias, "add")
 
-# %% ../nbs/07_accelerate.ipynb #17c05912
 # `torch.compile` would take oneDNN's operation apart, but not one that it does not know
 _compiled_linear = custom_op("convnext_nb::onednn_linear", mutates_args=())(_linear_and)
 _compiled_linear.register_fake(
@@ -99,11 +118,13 @@ _compiled_linear.register_fake(
 def _onednn_linear(x, fc, act="none", shortcut=None):
     "The layer `fc`, then `act` or the sum with `shortcut`, in one pass."
     run = _compiled_linear if torch.compiler.is_compiling() else _linear_and
-    return run(x, fc.weight.to(x.dtype), fc.bias.to(x.dtype), act, shortcut)
+    return run(x, fc.weight, fc.bias, act, shortcut)
 
 # %% ../nbs/07_accelerate.ipynb #80a964a0
 class CPUBlock(ConvNeXtBlock):
-    "A block for oneDNN: fused products at inference, faster gradients in training."
+    """A block for oneDNN: fused products at inference, faster gradients in training.
+
+    Frozen weights are packed once; do not write to them through `.data`."""
     def forward(self, x):                                       # (N, C, H, W)
         if torch.compiler.is_exporting(): return super().forward(x)
         x, conv, gamma = _to_nhwc(x), self.conv_dw, self.gamma

@@ -35,10 +35,9 @@ def _conv_is_faster(x, fc):
     # torch.fx traces with something that is no tensor
     if not (_ONEDNN and isinstance(x, torch.Tensor) and x.ndim == 4): return False
     if (x.device.type, x.dtype) != ("cpu", torch.float32): return False
-    # compiled gradients are those of products
-    if torch.compiler.is_compiling(): return not torch.is_grad_enabled()
-    multiply_adds = x.numel() * fc.out_features
-    return x.shape[1] * x.shape[2] > 4 and multiply_adds >= 2**27
+    if torch.compiler.is_compiling():  # gradients are faster as products
+        return torch.compiler.is_exporting() or not torch.is_grad_enabled()
+    return x.shape[1] * x.shape[2] > 4 and x.numel() * fc.out_features >= 2**27
 
 class PointwiseLinear(nn.Linear):
     "A Linear on (N, H, W, C), as a 1x1 convolution where that is faster on a CPU."

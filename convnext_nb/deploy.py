@@ -74,9 +74,9 @@ def _fold_gamma(block):
 @torch.no_grad()
 def fold(
     model: ConvNeXt,  # V1 or V2, with LayerNorm or BatchNorm; it is not changed
-) -> ConvNeXt:        # in eval mode: the same function, up to rounding
-    "A copy for inference: gamma and the ends of the norms are inside other layers."
-    net = restore(deepcopy(model)).eval()
+) -> ConvNeXt:        # in eval mode, frozen: the same function, up to rounding
+    "A frozen copy for inference: gamma and the ends of norms are inside other layers."
+    net = restore(deepcopy(model)).eval().requires_grad_(False)
     net.stem[1] = _fold_stem(*net.stem)
     for stage in net.stages:
         down = stage.downsample

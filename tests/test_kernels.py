@@ -77,8 +77,8 @@ def test_compiles_for_hopper_and_need_not_spill(name, tmp_path):
     assert min(spilled) <= allowed, spilled
 
 
-def small_network():
-    return create_model("convnext_tiny", depths=(1, 1), dims=(8, 16), num_classes=5)
+def small_network(**how):
+    return create_model("convnext_tiny", depths=(1, 1), dims=(8, 16), num_classes=5, **how)
 
 
 @pytest.mark.parametrize("cls", [TritonBlock, FusedBlock, CPUBlock])
@@ -102,9 +102,12 @@ def test_torch_compile_takes_them_whole(cls):
         net.train(), plain.train()
 
 
-def test_inductor_takes_an_accelerated_network():
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("how", [{}, dict(use_grn=True, ls_init_value=None)])
+def test_inductor_takes_an_accelerated_network(frozen, how):
     "A compiler that owns the products must not meet operations that want to own the weights."
-    net, x = small_network().eval(), torch.randn(2, 3, 64, 64)
+    torch.compiler.reset()
+    net, x = small_network(**how).eval().requires_grad_(not frozen), torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         expected = net(x)
         compiled = torch.compile(accelerate(net))
