@@ -3,7 +3,7 @@ r"""ConvNeXt behind a server's door, on a CPU: ours in every form, timm, ONNX Ru
     python benchmarks/deploy.py                                        convnext_tiny, batch 1 and 8
     python benchmarks/deploy.py --models convnext_tiny convnext_atto --batches 1 8 32 --threads 1 2
 
-ours: eager; `accelerate(fold(net))`; compiled; the files of `export_model` in ONNX Runtime,
+ours: eager; `accelerate(fold(net))`; that compiled; files of `export_model` in ONNX Runtime,
 OpenVINO and AOTInductor, and its int8 file, calibrated on random images (speed alone is measured
 here; accuracy: benchmarks/int8.py). Peers: timm eager in both memory formats, compiled, and its
 export by torch's exporter in ONNX Runtime and OpenVINO. All PyTorch processes keep freed memory

@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import ROOT, SMALL, result
 
+from convnext_nb import accelerate as accelerating
 from convnext_nb import kernels, mlp
 from convnext_nb.accelerate import CPUBlock, FusedBlock, TritonBlock, TritonNorm2d, accelerate
 from convnext_nb.blocks import ConvNeXtBlock, LayerNorm2d
@@ -109,9 +110,11 @@ def test_inductor_takes_an_accelerated_network(frozen, how):
     torch.compiler.reset()
     net, x = small_network(**how).eval().requires_grad_(not frozen), torch.randn(2, 3, 64, 64)
     with torch.no_grad():
-        expected = net(x)
+        expected, before = net(x), len(accelerating._PACKED)
         compiled = torch.compile(accelerate(net))
         torch.testing.assert_close(compiled(x), expected, rtol=1e-3, atol=1e-5)
+    if accelerating._LINEAR_POINTWISE:  # both layers of both blocks
+        assert len(accelerating._PACKED) - before == 4 * frozen
 
 
 def without_triton(code):
