@@ -87,7 +87,7 @@ def _onednn_takes(x):
     return x.dtype == torch.float32 or x.dtype == torch.bfloat16 and _HAS_BF16
 
 # %% ../nbs/07_accelerate.ipynb #9e962fa3
-_PACKED = WeakTensorKeyDictionary()  # weight -> its state, the packed copy
+_PACKED = WeakTensorKeyDictionary()  # weight -> its state, some numbers, the copy
 
 def _is_frozen(weight):
     "Is `weight` an ordinary parameter that nobody trains or traces?"
@@ -95,12 +95,14 @@ def _is_frozen(weight):
     return not (weight.requires_grad or weight.is_inference())
 
 def _packed(weight, dtype):
-    "A frozen `weight` in `dtype` and in oneDNN's order; made once."
-    state = weight._version, weight.data_ptr(), dtype
-    if weight not in _PACKED or _PACKED[weight][0] != state:
-        _PACKED[weight] = state, torch.ops.mkldnn._reorder_linear_weight(
-            weight.to(dtype).contiguous())
-    return _PACKED[weight][1]
+    "A frozen `weight` in `dtype` and in oneDNN's order, kept until it changes."
+    state = weight._version, weight.data_ptr(), weight.dtype, dtype
+    before, seen, packed = _PACKED.get(weight, (None,) * 3)
+    some = weight.diagonal()[::8]
+    if state != before or not torch.equal(some, seen):
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype).contiguous())
+        _PACKED[weight] = state, some.clone(), packed
+    return packed
 
 # %% ../nbs/07_accelerate.ipynb #17c05912
 def _linear_and(x: Tensor, weight: Tensor, bias: Tensor, act: str,
@@ -113,7 +115,7 @@ def _linear_and(x: Tensor, weight: Tensor, bias: Tensor, act: str,
 # `torch.compile` would take oneDNN's operation apart, but not one that it does not know
 _compiled_linear = custom_op("convnext_nb::onednn_linear", mutates_args=())(_linear_and)
 _compiled_linear.register_fake(
-    lambda x, weight, *_: x.new_empty(*x.shape[:-1], len(weight)))
+    lambda x, weight, *_: x.new_empty(*x.shape[:-1], weight.shape[0]))
 
 def _onednn_linear(x, fc, act="none", shortcut=None):
     "The layer `fc`, then `act` or the sum with `shortcut`, in one pass."
@@ -124,7 +126,7 @@ def _onednn_linear(x, fc, act="none", shortcut=None):
 class CPUBlock(ConvNeXtBlock):
     """A block for oneDNN: fused products at inference, faster gradients in training.
 
-    Frozen weights are packed once; do not write to them through `.data`."""
+    Frozen weights are packed once; single numbers may not be changed by `.data`."""
     def forward(self, x):                                       # (N, C, H, W)
         if torch.compiler.is_exporting(): return super().forward(x)
         x, conv, gamma = _to_nhwc(x), self.conv_dw, self.gamma
@@ -136,7 +138,7 @@ class CPUBlock(ConvNeXtBlock):
         if inference and _onednn_takes(x):
             y = _onednn_linear(y, self.mlp.fc1, "gelu")
             if _has_grn(self): y = self.mlp.grn(y).to(x.dtype)
-            if gamma is None:                                   # V2, or a folded network
+            if gamma is None:                                   # V2, or it was folded
                 x = _onednn_linear(y, self.mlp.fc2, shortcut=x)
                 return x.permute(0, 3, 1, 2)                    # (N, C, H, W)
             y = _onednn_linear(y, self.mlp.fc2)

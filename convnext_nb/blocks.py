@@ -35,9 +35,11 @@ def _conv_is_faster(x, fc):
     # torch.fx traces with something that is no tensor
     if not (_ONEDNN and isinstance(x, torch.Tensor) and x.ndim == 4): return False
     if (x.device.type, x.dtype) != ("cpu", torch.float32): return False
-    if torch.compiler.is_compiling():  # gradients are faster as products
-        return torch.compiler.is_exporting() or not torch.is_grad_enabled()
-    return x.shape[1] * x.shape[2] > 4 and x.numel() * fc.out_features >= 2**27
+    if torch.compiler.is_exporting(): return True  # a file is for any size
+    if x.shape[1] * x.shape[2] <= 4: return False
+    # compiled gradients are faster as products
+    if torch.compiler.is_compiling(): return not torch.is_grad_enabled()
+    return x.numel() * fc.out_features >= 2**27
 
 class PointwiseLinear(nn.Linear):
     "A Linear on (N, H, W, C), as a 1x1 convolution where that is faster on a CPU."
@@ -158,6 +160,7 @@ class ConvNeXtBlock(nn.Module):
         return x.permute(0, 3, 1, 2)                         # (N, C, H, W)
 
 # %% ../nbs/00_blocks.ipynb #76c1d55b
+@torch.no_grad()
 def randomize(
     module: nn.Module,  # on a CPU; its parameters are changed in place
     seed: int = 0,      # of the random numbers: the same seed, the same weights
@@ -168,7 +171,7 @@ def randomize(
     g = torch.Generator().manual_seed(seed)
     for p in module.parameters():
         std = .3 if p.ndim == 1 else p[0].numel() ** -.5
-        p.data.normal_(0, std, generator=g)
+        p.normal_(0, std, generator=g)
     return module
 
 # %% ../nbs/00_blocks.ipynb #a9747e59

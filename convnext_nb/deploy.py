@@ -76,7 +76,7 @@ def fold(
     model: ConvNeXt,  # V1 or V2, with LayerNorm or BatchNorm; it is not changed
 ) -> ConvNeXt:        # in eval mode, frozen: the same function, up to rounding
     "A frozen copy for inference: gamma and the ends of norms are inside other layers."
-    net = restore(deepcopy(model)).eval().requires_grad_(False)
+    net = restore(deepcopy(model)).eval()
     net.stem[1] = _fold_stem(*net.stem)
     for stage in net.stages:
         down = stage.downsample
@@ -85,7 +85,7 @@ def fold(
             block.norm = _fold_norm(block.norm, block.mlp.fc1)
             _fold_gamma(block)
     if net.num_classes: net.head.norm = _fold_norm(net.head.norm, net.head.fc)
-    return net
+    return net.requires_grad_(False)
 
 # %% ../nbs/09_deploy.ipynb #3eea3d47
 _PREPARED = "input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode"

@@ -50,7 +50,10 @@ def _flops(packet, args, kwargs, out):
     formula = flop_registry.get(packet, lambda *args, **kwargs: 0)
     return formula(*args, **kwargs, out_val=out)
 
-def _tensors(tree): return [t for t in tree_leaves(tree) if isinstance(t, Tensor)]
+def _tensors(tree):
+    "Those in `tree` that lie in memory as rows and columns."
+    tensors = (t for t in tree_leaves(tree) if isinstance(t, Tensor))
+    return [t for t in tensors if t.layout == torch.strided]
 
 def _is_view(func, ins, outs):
     "Do the results lie in memory that was there before, unchanged?"
