@@ -55,7 +55,8 @@ def git(*args):
 def environment(device, data_dir=None) -> dict:
     "Machine, versions, commit and command of this process; the folder of the data is TREE."
     command = " ".join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
-    changes = "+changes" if git("status", "--porcelain") else ""
+    others = ":(top)", ":(top,exclude)benchmarks/results"  # a run before may have written there
+    changes = "+changes" if git("status", "--porcelain", "--", *others) else ""
     cuda = torch.device(device).type == "cuda"
     return dict(
         command=command.replace(data_dir, "TREE") if data_dir else command,

@@ -175,8 +175,9 @@ def draw(rows, path):
     for ax, key in zip(axes.flat, keys):
         mine = [r for r in rows if (r["model"], r["dtype"]) == key]
         for i, r in enumerate(mine):
-            nets = [(labels.index(k), 1 / n["ratio"]) for k, n in r["networks"].items()]
-            ax.plot(*zip(*[(s, y) for y, s in nets]), "osD"[i % 3], color=f"C{i}", ms=6,
+            shift = .24 * (i - (len(mine) - 1) / 2)  # one batch does not hide another
+            dots = [(1 / n["ratio"], labels.index(k) + shift) for k, n in r["networks"].items()]
+            ax.plot(*zip(*dots), "osD"[i % 3], color=f"C{i}", ms=5,
                     label=f"batch {r['batch']}")
         ax.axvline(1, color="k", lw=.8)
         ax.set(title=f"{key[0].removeprefix('convnext_')}, {key[1]}", yticks=range(len(labels)),

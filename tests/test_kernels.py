@@ -108,13 +108,26 @@ def test_torch_compile_takes_them_whole(cls):
 def test_inductor_takes_an_accelerated_network(frozen, how):
     "A compiler that owns the products must not meet operations that want to own the weights."
     torch.compiler.reset()
-    net, x = small_network(**how).eval().requires_grad_(not frozen), torch.randn(2, 3, 64, 64)
+    plain, x = small_network(**how).eval().requires_grad_(not frozen), torch.randn(2, 3, 64, 64)
+    net, before = accelerate(deepcopy(plain)), len(accelerating._PACKED)
+    compiled = torch.compile(net)
     with torch.no_grad():
-        expected, before = net(x), len(accelerating._PACKED)
-        compiled = torch.compile(accelerate(net))
-        torch.testing.assert_close(compiled(x), expected, rtol=1e-3, atol=1e-5)
+        for _ in range(2):  # once more when the weights have changed
+            torch.testing.assert_close(compiled(x), plain(x), rtol=1e-3, atol=1e-5)
+            for p in (*plain.parameters(), *net.parameters()): p.mul_(1.1)
     if accelerating._LINEAR_POINTWISE:  # both layers of both blocks
         assert len(accelerating._PACKED) - before == 4 * frozen
+
+
+@pytest.mark.skipif(not accelerating._LINEAR_POINTWISE, reason="needs oneDNN")
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("act", ["gelu", "none"])
+def test_opcheck(frozen, act):
+    "PyTorch's own checks of an operation that was registered with it."
+    shortcut = torch.randn(2, 3, 5, 8) if act == "none" else None
+    weight, bias = (torch.nn.Parameter(torch.randn(s), not frozen) for s in ((8, 4), (8,)))
+    args = torch.randn(2, 3, 5, 4), weight, bias, act, shortcut
+    with torch.no_grad(): torch.library.opcheck(accelerating._compiled_linear, args)
 
 
 def without_triton(code):
