@@ -1,5 +1,5 @@
 """The kernels of chapters 06 and 07 beside PyTorch's, for the maps of each stage: chain (depthwise
-convolution and LayerNorm) and whole block.
+convolution and LayerNorm) and whole block; and a whole network, on a quarter of the images.
 
     python benchmarks/kernels.py                         convnext_tiny's four stages at 224
     python benchmarks/kernels.py --dtypes bfloat16       in one precision only
@@ -9,7 +9,10 @@ CUDA ten calls are one CUDA graph, so that kernels are timed and not Python. A r
 candidate once, in a random order; `ratio` is the median over rounds of PyTorch's time in
 channels_last over the candidate's in the same round, above 1 where the candidate is faster, with
 the 95% interval of that median. `summary` has the geometric mean over the stages, and the least of
-them. Writes <name>.json into benchmarks/results.
+them. Before anything is timed it must be right: `error` is the largest relative difference, of the
+output and in training of each gradient, from PyTorch's in float32. More than three times the error
+that PyTorch itself has in this precision and one rounding are too much: the result is written, and
+the status is 1. Writes <name>.json into benchmarks/results.
 """
 import statistics
 from copy import deepcopy
@@ -27,11 +30,11 @@ from common import (
 )
 from torch import nn
 
-from convnext_nb.accelerate import candidates
+from convnext_nb.accelerate import accelerate, candidates
 from convnext_nb.blocks import ConvNeXtBlock, randomize
 from convnext_nb.data import pick_device
 from convnext_nb.kernels import depthwise_conv, layer_norm
-from convnext_nb.model import VARIANTS
+from convnext_nb.model import VARIANTS, create_model
 
 
 class Chain(nn.Module):
@@ -69,12 +72,26 @@ def racers(block):
     return dict(chain=chain, block=blocks)
 
 
-def call(module, inputs, training, times):
-    "Call a module so many times, with its gradients to input and parameters in training."
-    for _ in range(times):
-        with torch.set_grad_enabled(training):
-            with autocast(inputs.device, inputs.dtype): y = module(inputs)
-            if training: torch.autograd.grad(y, [inputs, *module.parameters()], torch.ones_like(y))
+def call(module, inputs, training):
+    "What a module gives, and in training its gradients to input and parameters."
+    with torch.set_grad_enabled(training):
+        with autocast(inputs.device, inputs.dtype): y = module(inputs)
+        if not training: return [y]
+        return [y, *torch.autograd.grad(y, [inputs, *module.parameters()], torch.ones_like(y))]
+
+
+def copy_of(x, memory_format, training):
+    return x.detach().to(memory_format=memory_format).requires_grad_(training)
+
+
+def errors(modules, x, training):
+    "Error of each module: see above."
+    def run(module, memory_format, x):
+        return call(module.train(training), copy_of(x, memory_format, training), training)
+    def relative(a, b): return ((a.float() - b).norm() / b.norm()).item()
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        exact = run(*next(iter(modules.values())), x.float())
+    return {label: max(map(relative, run(*how, x), exact)) for label, how in modules.items()}
 
 
 def replay(graph, *kept):
@@ -85,7 +102,8 @@ def replay(graph, *kept):
 def start(module, inputs, training):
     "A function for ten calls on a GPU, or one on a CPU, and their number; warm."
     module.train(training)
-    def run(times): call(module, inputs, training, times)
+    def run(times):
+        for _ in range(times): call(module, inputs, training)
     if not inputs.is_cuda:
         run(3)
         return partial(run, 1), 1
@@ -99,35 +117,62 @@ def start(module, inputs, training):
 
 def measure(modules, x, mode, rounds):
     "Milliseconds and ratio of every module."
-    training, started = mode == "training", {}
-    for label, (module, memory_format) in modules.items():
-        inputs = x.detach().to(memory_format=memory_format).requires_grad_(training)
-        started[label] = start(module, inputs, training)
+    training = mode == "training"
+    error = errors(modules, x, training)
+    started = {label: start(module, copy_of(x, memory_format, training), training)
+               for label, (module, memory_format) in modules.items()}
     times = {label: [] for label in modules}
     for _, label in interleaved(list(modules), rounds):
         run, calls = started[label]
         times[label].append(seconds_of(x.device, run) / calls)
     base = next(iter(times.values()))
-    return {label: dict(ms=1e3 * statistics.median(mine),
+    return {label: dict(ms=1e3 * statistics.median(mine), error=error[label],
                         **median_ratio([b / m for b, m in zip(base, mine)]))
             for label, mine in times.items()}
 
 
+def measure_parts(a, x, parts, **setting):
+    "A row for each part and mode."
+    rows = []
+    for part, modules in parts.items():
+        for mode in ("inference", "training"):
+            found = measure(modules, x, mode, a.rounds)
+            rows.append(dict(part=part, **setting, mode=mode, candidates=found))
+            said = (f"{k} {r['ms']:.2f} ms, {r['ratio']:.2f}, error {r['error']:.1e}"
+                    for k, r in found.items())
+            print(f"{part}, {mode}, {setting}: {'; '.join(said)}", flush=True)
+    return rows
+
+
 def measure_stage(a, device, dtype, stage):
-    "A row for each part and mode, on the maps of one stage."
+    "Chain and block on the maps of one stage."
     dim, size = VARIANTS[a.model]["dims"][stage], a.image_size // (4 * 2 ** stage)
     torch.manual_seed(0)
     x = torch.randn(a.batch_size, dim, size, size, device=device, dtype=getattr(torch, dtype))
-    block, rows = randomize(ConvNeXtBlock(dim)).to(device), []
-    for part, modules in racers(block).items():
-        for mode in ("inference", "training"):
-            found = measure(modules, x, mode, a.rounds)
-            rows.append(dict(part=part, stage=stage, channels=dim, size=size, dtype=dtype,
-                             mode=mode, candidates=found))
-            times = [f"{k} {r['ms']:.2f} ms, {r['ratio']:.2f}" for k, r in found.items()]
-            setting = f"{part}, {mode}, {dtype}, {dim} x {size} x {size}"
-            print(f"{setting}: {'; '.join(times)}", flush=True)
-    return rows
+    parts = racers(randomize(ConvNeXtBlock(dim)).to(device))
+    return measure_parts(a, x, parts, stage=stage, channels=dim, size=size, dtype=dtype)
+
+
+def measure_network(a, device, dtype):
+    "A whole network on a quarter of the images."
+    torch.manual_seed(0)
+    shape = max(1, a.batch_size // 4), 3, a.image_size, a.image_size
+    x = torch.randn(shape, device=device, dtype=getattr(torch, dtype))
+    net = randomize(create_model(a.model)).to(device)
+    nets = {"ConvNeXt": net, "accelerate": accelerate(deepcopy(net))}
+    parts = dict(network={k: (m, torch.channels_last) for k, m in nets.items()})
+    return measure_parts(a, x, parts, size=a.image_size, dtype=dtype)
+
+
+def wrong(settings):
+    "A line for each candidate that is less exact than it may be."
+    for s in settings:
+        rounding = max(torch.finfo(getattr(torch, s["dtype"])).eps / 2, 1e-4)
+        allowed = 3 * next(iter(s["candidates"].values()))["error"] + rounding
+        for label, r in s["candidates"].items():
+            if r["error"] <= allowed: continue  # nan is not
+            yield (f"{s['part']}, {s['mode']}, {s['dtype']}, size {s['size']}: {label} has an "
+                   f"error of {r['error']:.1e}; up to {allowed:.1e} is allowed")
 
 
 def summarize(settings):
@@ -161,14 +206,17 @@ def main():
     name, where, settings = a.name or f"kernels_{device.type}", environment(device), []
     config = {k: v for k, v in vars(a).items() if k not in ("name", "device")}
     for dtype in a.dtypes:
-        for stage in range(len(VARIANTS[a.model]["dims"])):
-            settings += measure_stage(a, device, dtype, stage)
-            # after each stage: what is interrupted keeps what it has
+        stages = range(len(VARIANTS[a.model]["dims"]))
+        measures = (partial(measure_stage, stage=i) for i in stages)
+        for measure_some in (*measures, measure_network):
+            settings += measure_some(a, device, dtype)
+            # after each: what is interrupted keeps what it has
             path = write_result(name, **where, config=config, settings=settings,
                                 summary=summarize(settings))
     line = "{part}, {mode}, {dtype}, {candidate}: {geometric_mean:.2f}, least {least:.2f}"
     for row in summarize(settings): print(line.format(**row))
     print(path)
+    if found := list(wrong(settings)): raise SystemExit("\n".join(found))
 
 
 if __name__ == "__main__": main()

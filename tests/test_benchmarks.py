@@ -69,7 +69,19 @@ def test_kernels_stage(benchmarks):
     small = ["--model", "convnext_atto", "--image_size", 64, "--batch_size", 1, "--rounds", 2]
     benchmark(benchmarks, "gpu", "kernels", "--device", "cpu", *small, "--name", "tiny")
     r = json.loads((benchmarks / "results" / "tiny.json").read_text())
-    assert {s["candidate"] for s in r["summary"]} >= {"CPUBlock"}
+    assert {s["candidate"] for s in r["summary"]} >= {"CPUBlock", "accelerate"}
+    assert {s["part"] for s in r["settings"]} == {"chain", "block", "network"}
+    for s in r["settings"]:  # bfloat16 is seen, and what is wrong is named
+        plain, *_ = (k["error"] for k in s["candidates"].values())
+        assert (plain == 0) == (s["dtype"] == "float32") and plain < .2
+    script = benchmarks / "kernels.py"  # a chain that is wrong by a hundredth
+    source = script.read_text()
+    right = "if x.is_cuda else norm(y)"
+    assert right in source
+    script.write_text(source.replace(right, "if x.is_cuda else 1.01 * norm(y)"))
+    said = benchmark(benchmarks, "kernels", "--device", "cpu", *small, "--name", "tiny",
+                     "--dtypes", "float32", status=1)
+    assert said.count("ours has an error of 1.0e-02") == 8  # four stages, two modes
 
 
 @pytest.fixture

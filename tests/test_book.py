@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from collections import Counter
 from pathlib import Path
 
 import nbformat
@@ -111,6 +112,13 @@ def test_chapter(path):
     for source in code:  # "Run All" anywhere: they ask first, and say what they left out
         if re.search(r"^#\| (cuda|slow)", source, re.M):
             assert re.search(r"^(if|else)\b", source, re.M) and "left out" in source
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.name)
+def test_nothing_is_said_twice(path):
+    cells = nbformat.read(path, as_version=4).cells
+    said = Counter(p for c in cells if c.cell_type == "markdown" for p in c.source.split("\n\n"))
+    assert not [p for p, n in said.items() if n > 1 and len(p) > 60]
 
 
 def test_usage_installs_itself_on_colab():
