@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.library import custom_op
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .blocks import (
-    GRN, BatchNormLast, ConvNeXtBlock, DropPath, LayerNorm2d, PointwiseLinear)
+from convnext_nb.blocks import (
+    GRN, BatchNormLast, ConvNeXtBlock, DropPath, LayerNorm, LayerNorm2d,
+    PointwiseLinear)
 from .kernels import (
     NEEDS_TRITON, bias_gelu, depthwise_conv, layer_norm, scale_residual, sum_dtype,
     synced_clock, triton)
@@ -164,7 +165,7 @@ PLAIN_CLASS = {c: plain for (plain, _), cs in FAST_CLASSES.items() for c in cs}
 
 # %% ../nbs/07_accelerate.ipynb #62400959
 _BLOCK_PARTS = {
-    nn.Conv2d, nn.LayerNorm, BatchNormLast, nn.Identity, nn.Sequential,
+    nn.Conv2d, nn.LayerNorm, LayerNorm, BatchNormLast, nn.Identity, nn.Sequential,
     PointwiseLinear, nn.GELU, GRN, DropPath}
 
 def _has_hook(m):
