@@ -38,7 +38,7 @@ from convnext_nb.model import VARIANTS, create_model
 
 
 class Chain(nn.Module):
-    "Depthwise convolution and LayerNorm of a block, as PyTorch has them."
+    "Depthwise convolution and LayerNorm of a block, by PyTorch's operations."
     def __init__(self, block):
         super().__init__()
         self.conv_dw, self.norm = block.conv_dw, block.norm
@@ -93,13 +93,16 @@ def arguments(module, memory_format, x, training):
 def errors(modules, x, training):
     "Error and excess of each module: see above."
     def run(how, x): return call(*arguments(*how, x, training))
-    def relative(a, b): return ((a.float() - b).norm() / b.norm()).item()
+    def relative(a, b):
+        assert a.shape == b.shape
+        return ((a.float() - b).norm() / b.norm()).item()
     with torch.backends.cudnn.flags(allow_tf32=False):
         exact = run(next(iter(modules.values())), x.float())
     rounding = max(torch.finfo(x.dtype).eps / 2, 1e-4)
     found = {k: list(map(relative, run(how, x), exact)) for k, how in modules.items()}
     allowed = [e + rounding for e in next(iter(found.values()))]
-    return {k: dict(error=max(mine), excess=max(e / b for e, b in zip(mine, allowed)))
+    def largest(values): return torch.tensor([*values]).max().item()  # nan is the largest
+    return {k: dict(error=largest(mine), excess=largest(e / b for e, b in zip(mine, allowed)))
             for k, mine in found.items()}
 
 

@@ -42,7 +42,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from convnext_nb.accelerate import accelerate
-from convnext_nb.blocks import ConvNeXtBlock, Downsample, LayerNorm2d, Stem
+from convnext_nb.blocks import ConvNeXtBlock, Downsample, LayerNorm, LayerNorm2d, Stem
 from convnext_nb.data import pick_device
 from convnext_nb.model import VARIANTS, count_macs, count_params, create_model
 
@@ -78,6 +78,7 @@ def meta_layout(name):
     net = create_model(name)
     for m in net.modules():
         if type(m) is LayerNorm2d: m.__class__ = MetaNorm
+        if type(m) is LayerNorm: m.__class__ = nn.LayerNorm
         if type(m) is ConvNeXtBlock: m.__class__ = MetaBlock
     return net
 

@@ -15,17 +15,20 @@ from torch import nn
 
 # %% ../nbs/00_blocks.ipynb #3b5c8dc7
 class LayerNorm(nn.LayerNorm):
-    "LayerNorm over the last axis, (..., C); gradients are added in float32, always."
+    "nn.LayerNorm whose gradients are added up in float32 on a CPU too."
     def forward(self, x):                           # (..., C)
-        training = self.weight.requires_grad and torch.is_grad_enabled()
-        if not (training and _is_16_bits_on_cpu(x)): return super().forward(x)
-        weight, bias = self.weight.float(), self.bias.float()
+        if not _adds_in_16_bits(self, x): return super().forward(x)
+        weight, bias = (p if p is None else p.float() for p in (self.weight, self.bias))
         y = F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps)
         return y.to(x.dtype)
 
-def _is_16_bits_on_cpu(x):
-    tensor = isinstance(x, torch.Tensor)  # torch.fx traces with something that is none
-    return tensor and x.device.type == "cpu" and x.dtype.itemsize == 2
+def _adds_in_16_bits(norm, x):
+    "Would torch add up gradients of the parameters of `norm` in 16 bits?"
+    if torch.jit.is_tracing() or torch.compiler.is_exporting(): return False
+    half_on_cpu = (isinstance(x, torch.Tensor)  # torch.fx traces with something else
+                   and x.device.type == "cpu" and x.dtype.itemsize == 2)
+    training = half_on_cpu and torch.is_grad_enabled()
+    return training and any(p.requires_grad for p in norm.parameters())
 
 # %% ../nbs/00_blocks.ipynb #bddcfaca
 class LayerNorm2d(LayerNorm):

@@ -394,12 +394,13 @@ def layer_norm(
 def layer_norm_grad(x: Tensor, weight: Tensor, eps: float, g: Tensor) -> Grads:
     "Gradients of `layer_norm` to `x`, `weight` and `bias`."
     (x, weight), g, C = _check_params(x, weight), g.contiguous(), len(weight)
-    if not use_triton(x):
-        w = weight.to(x.dtype)
-        _, mean, rstd = torch.native_layer_norm(x, (C,), w, w, eps)
+    if not use_triton(x):  # on a CPU torch would add in 16 bits: chapter 00
+        wide, w, g = (t.to(torch.promote_types(t.dtype, torch.float32))
+                      for t in (x, weight, g))
+        _, mean, rstd = torch.native_layer_norm(wide, (C,), w, w, eps)
         dx, dw, db = torch.ops.aten.native_layer_norm_backward(
-            g, x, (C,), mean, rstd, w, w, [True] * 3)
-        return dx, dw.to(weight.dtype), db.to(weight.dtype)
+            g, wide, (C,), mean, rstd, w, w, [True] * 3)
+        return dx.to(x.dtype), dw.to(weight.dtype), db.to(weight.dtype)
     P, dx, CHANNELS = x.numel() // C, torch.empty_like(x), _next_power_of_2(C)
     sums = _partial_sums(x, P, 2, C)
     args = x, weight, g, dx, sums, P, eps

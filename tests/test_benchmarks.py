@@ -74,14 +74,16 @@ def test_kernels_stage(benchmarks):
     for s in r["settings"]:  # bfloat16 is seen, and what is wrong is named
         plain, *_ = (k["error"] for k in s["candidates"].values())
         assert (plain == 0) == (s["dtype"] == "float32") and plain < .2
-    script = benchmarks / "kernels.py"  # a chain that is wrong by a hundredth
-    source = script.read_text()
-    right = "if x.is_cuda else norm(y)"
+    script = benchmarks / "kernels.py"
+    source, right = script.read_text(), "if x.is_cuda else norm(y)"
     assert right in source
-    script.write_text(source.replace(right, "if x.is_cuda else 1.01 * norm(y)"))
-    said = benchmark(benchmarks, "kernels", "--device", "cpu", *small, "--name", "tiny",
-                     "--dtypes", "float32", status=1)
-    assert said.count("ours has an error of 1.0e-02") == 8  # four stages, two modes
+    faults = {"1.01 * norm(y)": (8, "1.0e-02"),  # four stages, two modes
+              "norm(y) + (y - y.detach()).sqrt()": (4, "nan")}  # its gradient alone
+    for fault, (times, error) in faults.items():
+        script.write_text(source.replace(right, f"if x.is_cuda else {fault}"))
+        said = benchmark(benchmarks, "kernels", "--device", "cpu", *small, "--name", "tiny",
+                         "--dtypes", "float32", status=1)
+        assert said.count(f"ours has an error of {error}") == times
 
 
 @pytest.fixture

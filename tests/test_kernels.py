@@ -130,6 +130,15 @@ def test_opcheck(frozen, act):
     with torch.no_grad(): torch.library.opcheck(accelerating._compiled_linear, args)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_layer_norm_adds_in_float32(dtype):
+    "torch's own stops at 256 on a CPU, bfloat16's first whole number without a next."
+    params = [torch.ones(8, requires_grad=True) for _ in range(2)]
+    y = kernels.layer_norm(torch.randn(2000, 8, dtype=dtype), *params, 1e-6)
+    shift = torch.autograd.grad(y, params, torch.ones_like(y))[1]
+    assert y.dtype == dtype and (shift == 2000).all()
+
+
 def without_triton(code):
     "Run `code` in a process where Triton cannot be imported."
     code = "import sys; sys.modules['triton'] = None\n" + code
