@@ -96,8 +96,10 @@ def errors(modules, x, training):
     def relative(a, b):
         assert a.shape == b.shape
         return ((a.float() - b).norm() / b.norm()).item()
-    with torch.backends.cudnn.flags(allow_tf32=False):
-        exact = run(next(iter(modules.values())), x.float())
+    cudnn = torch.backends.cudnn
+    tf32, cudnn.allow_tf32 = cudnn.allow_tf32, False
+    exact = run(next(iter(modules.values())), x.float())
+    cudnn.allow_tf32 = tf32
     rounding = max(torch.finfo(x.dtype).eps / 2, 1e-4)
     found = {k: list(map(relative, run(how, x), exact)) for k, how in modules.items()}
     allowed = [e + rounding for e in next(iter(found.values()))]
