@@ -4,7 +4,7 @@
     test    every notebook with its `slow` and `cuda` cells but chapters 06 and 07, then pytest
     triton  chapters 06 and 07 with these cells: every kernel compiled, tuned, and beside PyTorch
     bench   convnext_tiny, accelerated too, beside timm, torchvision, Hugging Face, Meta's layout
-            and the hardware: benchmarks/throughput.py
+            and the hardware, launched by Python and as a CUDA graph: benchmarks/throughput.py
     compile the same under torch.compile, channels_last alone; what it compiled stays in torch's
             cache, so if its time runs out, call it again
     kernels the Triton kernels beside PyTorch, stage by stage: benchmarks/kernels.py
@@ -59,9 +59,10 @@ STAGES = {
     "test": [notebooks(skip_file_re=f"^[_.]|{TRITON_CHAPTERS}"),
              [sys.executable, "-m", "pytest", "-q", "-ra", "tests"]],
     "triton": [notebooks(file_re=TRITON_CHAPTERS)],
-    "bench": [script("throughput", "--dtypes", "bfloat16")],
+    "bench": [script("throughput", "--dtypes", "bfloat16", "--codes", "eager", "graph")],
     "compile": [script("throughput", "--dtypes", "bfloat16", "--formats", "channels_last",
-                       "--codes", "compiled", "--name", "throughput_cuda_compiled")],
+                       "--codes", "compiled", "compiled+graph",
+                       "--name", "throughput_cuda_compiled")],
     "kernels": [script("kernels", "--dtypes", "bfloat16", "float32")],
     "data": [script("data", "--batch_size", "512")],
     "cifar": [

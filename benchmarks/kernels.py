@@ -30,7 +30,7 @@ from common import (
 )
 from torch import nn
 
-from convnext_nb.accelerate import accelerate, candidates
+from convnext_nb.accelerate import accelerate, candidates, graphed
 from convnext_nb.blocks import ConvNeXtBlock, randomize
 from convnext_nb.data import pick_device
 from convnext_nb.kernels import depthwise_conv, layer_norm
@@ -108,11 +108,6 @@ def errors(modules, x, training):
             for k, mine in found.items()}
 
 
-def replay(graph, *kept):
-    "Replay a graph; what it reads is kept, or the next capture would give it to the system."
-    graph.replay()
-
-
 def start(args):
     "A function for ten calls on a GPU, or one on a CPU, and their number; warm."
     def run(times):
@@ -120,12 +115,7 @@ def start(args):
     if not args[1].is_cuda:
         run(3)
         return partial(run, 1), 1
-    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side): run(3)  # compiles and tunes
-    torch.cuda.current_stream().wait_stream(side)
-    with torch.cuda.graph(graph): run(10)
-    return partial(replay, graph, *args), 10
+    return graphed(partial(run, 10), warmup=1), 10
 
 
 def measure(modules, x, mode, rounds):

@@ -5,6 +5,8 @@ one process, round by round.
     python benchmarks/throughput.py --model convnext_atto --image_size 32 --batch_size 128
     python benchmarks/throughput.py --codes eager compiled --dtypes float32 bfloat16
                                                 codes, dtypes, formats and modes are crossed
+    python benchmarks/throughput.py --codes eager graph compiled compiled+graph
+                                                a GPU: CUDA graphs of whole steps too
 
 Peers: timm, with its MLP of Linears and with 1x1 convolutions (`conv_mlp`); torchvision, for the
 sizes that it has; Hugging Face, where transformers is installed; and the layout of Meta's code,
@@ -41,7 +43,7 @@ from common import (
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from convnext_nb.accelerate import accelerate
+from convnext_nb.accelerate import accelerate, graphed
 from convnext_nb.blocks import ConvNeXtBlock, Downsample, LayerNorm, LayerNorm2d, Stem
 from convnext_nb.data import pick_device
 from convnext_nb.model import VARIANTS, count_macs, count_params, create_model
@@ -53,6 +55,7 @@ except ImportError:
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 MODES = ["forward", "training step"]
+CODES = ["eager", "compiled", "graph", "compiled+graph"]
 
 
 class MetaNorm(LayerNorm2d):
@@ -221,10 +224,14 @@ class Racer:
         self.net = net.train(self.training)
         if label == "ours, accelerated":
             with autocast(x.device, self.dtype): accelerate(net, x)
-        self.optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4) if self.training else None
-        self.run = torch.compile(net) if setting.code == "compiled" else net
+        graph = "graph" in setting.code
+        self.optimizer = torch.optim.AdamW(
+            net.parameters(), lr=1e-4, fused=x.is_cuda or None, capturable=graph
+        ) if self.training else None
+        self.run = torch.compile(net) if "compiled" in setting.code else net
         for _ in range(2): self.step()
         self.memory = dict(peak_bytes=self.peak_bytes()) if x.is_cuda else {}
+        if graph: self.step = graphed(self.step)
 
     def step(self):
         "Forward, or a whole training step."
@@ -364,7 +371,8 @@ def read_options():
     add("--rounds", type=int, default=25, help="in each setting")
     add("--seconds", type=float, default=30,
         help="no further round of a setting begins after these, once three are done")
-    choose("--codes", ["eager", "compiled"], ["eager"], "torch.compile on the whole network")
+    choose("--codes", CODES, CODES[:1],
+           "compiled: torch.compile on the whole network; graph: the whole step as a CUDA graph")
     choose("--formats", list(FORMATS), list(FORMATS), "memory formats")
     choose("--dtypes", ["float32", "bfloat16"], ["float32"], "bfloat16: autocast")
     choose("--modes", MODES, MODES)
@@ -381,6 +389,8 @@ def print_rates(rates):
 def main():
     a = read_options()
     device = pick_device(a.device)
+    if device.type != "cuda" and any("graph" in code for code in a.codes):
+        raise SystemExit("throughput.py: error: a CUDA graph needs a GPU; use other --codes")
     a.batch_size = a.batch_size or (256 if device.type == "cuda" else 4)
     name, where = a.name or f"throughput_{device.type}", environment(device)
     rates = peaks(device, a.dtypes, repeats=min(10, a.rounds))

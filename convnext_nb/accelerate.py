@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['FAST_CLASSES', 'PLAIN_CLASS', 'TritonBlock', 'FusedBlock', 'TritonNorm2d', 'CPUBlock', 'keep_freed_memory',
-           'candidates', 'restore', 'accelerate']
+           'candidates', 'restore', 'graphed', 'accelerate']
 
 # %% ../nbs/07_accelerate.ipynb #9680400e
 import ctypes
 import warnings
 from copy import deepcopy
+from functools import partial
 from statistics import median
 
 import torch
@@ -202,15 +203,35 @@ def restore(
     return model
 
 # %% ../nbs/07_accelerate.ipynb #ba1f8db4
-def _time_call(m, x):
-    "Seconds of one call of `m`, with its gradients while it trains."
-    with torch.cuda.device_of(x), torch.set_grad_enabled(m.training):
-        start = synced_clock()
+def graphed(
+    f,                # of no arguments, on one GPU; what it reads must stay in place
+    warmup: int = 3,  # calls before the one that is recorded: they compile and tune
+):                    # a function that replays that call
+    "`f` as a CUDA graph: the same kernels, without Python's time."
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(warmup): f()
+    torch.cuda.current_stream().wait_stream(stream)
+    # other threads, such as a loader's, may go on using CUDA
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"): f()
+    def replay(kept=f): graph.replay()  # keeps alive what `f` reads
+    return replay
+
+
+# %% ../nbs/07_accelerate.ipynb #503bc9fb
+def _call(m, x):
+    "Call `m`, with its gradients while it trains."
+    with torch.set_grad_enabled(m.training):
         y = m(x)
-        if m.training:
-            inputs = [x, *(p for p in m.parameters() if p.requires_grad)]
-            torch.autograd.grad(y, inputs, torch.ones_like(y))
-        return synced_clock() - start
+        if not m.training: return
+        inputs = [x, *(p for p in m.parameters() if p.requires_grad)]
+        torch.autograd.grad(y, inputs, torch.ones_like(y))
+
+def _seconds(f):
+    start = synced_clock()
+    f()
+    return synced_clock() - start
 
 def _call_signature(m, x):
     "What decides how long `m` takes on `x`."
@@ -220,16 +241,25 @@ def _call_signature(m, x):
     layout = x.shape, x.stride(), x.dtype, x.device
     return type(m), *params, *layout, m.training, autocast
 
+
 # %% ../nbs/07_accelerate.ipynb #2386391f
+def _timed_as(cls, m, x):
+    "A function that calls a copy of `m` as a `cls` on `x`."
+    trial = deepcopy(m)
+    trial.__class__ = cls
+    call = partial(_call, trial, x)
+    return graphed(call) if x.is_cuda else call
+
 def _fastest_class(m, x, rounds=9):
     "The class with which `m` is fastest on `x`: the least median time of `rounds`."
-    trial, x = deepcopy(m), x.detach().requires_grad_(m.training)
-    times = {cls: [] for cls in (type(m), *candidates(m))}
-    for _ in range(rounds + 2):  # two warm up
-        for cls, taken in times.items():
-            trial.__class__ = cls
-            taken.append(_time_call(trial, x))
+    x = x.detach().requires_grad_(m.training)
+    with torch.cuda.device_of(x):
+        calls = {cls: _timed_as(cls, m, x) for cls in (type(m), *candidates(m))}
+        times = {cls: [] for cls in calls}
+        for _ in range(rounds + 2):  # two warm up
+            for cls, call in calls.items(): times[cls].append(_seconds(call))
     return min(times, key=lambda cls: median(times[cls][2:]))
+
 
 # %% ../nbs/07_accelerate.ipynb #9ffb3056
 def _record_calls(parts, model, images):
