@@ -218,7 +218,7 @@ class Setting(NamedTuple):
 
 class Racer:
     "A network in one setting: compiled, tuned, and warm after two rounds."
-    def __init__(self, label, net, setting, x, y):
+    def __init__(self, label, net, setting, x, y, pool=None):
         self.training = setting.mode != "forward"
         self.x, self.y, self.dtype = x, y, getattr(torch, setting.dtype)
         self.net = net.train(self.training)
@@ -231,7 +231,7 @@ class Racer:
         self.run = torch.compile(net) if "compiled" in setting.code else net
         for _ in range(2): self.step()
         self.memory = dict(peak_bytes=self.peak_bytes()) if x.is_cuda else {}
-        if graph: self.step = graphed(self.step)
+        if graph: self.step = graphed(self.step, pool=pool)
 
     def step(self):
         "Forward, or a whole training step."
@@ -272,8 +272,10 @@ def start_racers(a, device, setting):
     x = x.to(memory_format=memory_format)
     y = torch.randint(1000, (a.batch_size,), device=device)
     racers, failed = {}, []
+    # graphs keep their memory, so they share it
+    pool = torch.cuda.graph_pool_handle() if "graph" in setting.code else None
     for label in list(nets):
-        try: racers[label] = Racer(label, nets.pop(label), setting, x, y)
+        try: racers[label] = Racer(label, nets.pop(label), setting, x, y, pool)
         except (RuntimeError, ValueError) as e: failed.append(setting.failure(label, e))
         if label in racers: continue
         free_memory()

@@ -206,6 +206,7 @@ def restore(
 def graphed(
     f,                # of no arguments, on one GPU; what it reads must stay in place
     warmup: int = 3,  # calls before the one that is recorded: they compile and tune
+    pool=None,        # `torch.cuda.graph_pool_handle()`, for graphs that take turns
 ):                    # a function that replays that call
     "`f` as a CUDA graph: the same kernels, without Python's time."
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
@@ -214,7 +215,7 @@ def graphed(
         for _ in range(warmup): f()
     torch.cuda.current_stream().wait_stream(stream)
     # other threads, such as a loader's, may go on using CUDA
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"): f()
+    with torch.cuda.graph(graph, pool, capture_error_mode="thread_local"): f()
     def replay(kept=f): graph.replay()  # keeps alive what `f` reads
     return replay
 
