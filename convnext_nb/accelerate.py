@@ -223,6 +223,7 @@ def graphed(
 # %% ../nbs/07_accelerate.ipynb #503bc9fb
 def _call(m, x):
     "Call `m`, with its gradients while it trains."
+    torch.clear_autocast_cache()  # a step casts its weights once, and so does this
     with torch.set_grad_enabled(m.training):
         y = m(x)
         if not m.training: return
