@@ -5,8 +5,8 @@
     triton  chapters 06 and 07 with these cells: every kernel compiled, tuned, and beside PyTorch
     bench   convnext_tiny, accelerated too, beside timm, torchvision, Hugging Face, Meta's layout
             and the hardware, launched by Python and as a CUDA graph: benchmarks/throughput.py
-    compile the same under torch.compile, channels_last alone; what it compiled stays in torch's
-            cache, so if its time runs out, call it again
+    compile the same under torch.compile, channels_last alone, without Meta's layout; what it
+            compiled stays in torch's cache, so if its time runs out, call it again
     kernels the Triton kernels beside PyTorch, stage by stage: benchmarks/kernels.py
     data    batches from memory beside torchvision's, and how long a training step waits for them:
             benchmarks/data.py
@@ -61,7 +61,8 @@ STAGES = {
     "triton": [notebooks(file_re=TRITON_CHAPTERS)],
     "bench": [script("throughput", "--dtypes", "bfloat16", "--codes", "eager", "graph")],
     "compile": [script("throughput", "--dtypes", "bfloat16", "--formats", "channels_last",
-                       "--codes", "compiled", "compiled+graph",
+                       "--codes", "compiled", "--networks", "ours, accelerated", "timm",
+                       "timm, conv_mlp", "torchvision", "Hugging Face",
                        "--name", "throughput_cuda_compiled")],
     "kernels": [script("kernels", "--dtypes", "bfloat16", "float32")],
     "data": [script("data", "--batch_size", "512")],
