@@ -94,7 +94,7 @@ def autotuned_jit(configs, key):
     if triton is None: return jit
     configs = [triton.Config(*config) for config in configs]
     if triton.knobs.runtime.interpret: configs = configs[:1]
-    tune = triton.autotune(configs, key=key)
+    tune = triton.autotune(configs, key=key, cache_results=True)
     return lambda f: tune(jit(f))
 
 def launch(kernel, grid, x, *args, **constants):
