@@ -292,7 +292,8 @@ def run_folder(
                if old.get(k) != v and k not in MAY_DIFFER_ON_RESUME]
     if not changed: return run
     raise ValueError(f"{run} was started with another configuration: "
-                     f"{'; '.join(changed[:3])}; use the same, or another --out")
+                     f"{'; '.join(changed[:3])}; use the same, or another --out, "
+                     f"with --extend {run} to go on from this one")
 
 # %% ../nbs/08_checkpoints.ipynb #8c44424b
 def checkpoints(
