@@ -223,6 +223,8 @@ class Watchdog(Watch):
         return PeerLost(self.last_words(why))
 
     def __enter__(self):
+        if self.beats:  # or who is gone at once has no name
+            self.beats.exchange(step=self.step, waits_for=self.waits_for, waited=0.)
         self.thread.start()
         return self
 
