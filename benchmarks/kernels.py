@@ -96,10 +96,8 @@ def errors(modules, x, training):
     def relative(a, b):
         assert a.shape == b.shape
         return ((a.float() - b).norm() / b.norm()).item()
-    cudnn = torch.backends.cudnn
-    tf32, cudnn.allow_tf32 = cudnn.allow_tf32, False
-    exact = run(next(iter(modules.values())), x.float())
-    cudnn.allow_tf32 = tf32
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        exact = run(next(iter(modules.values())), x.float())
     rounding = max(torch.finfo(x.dtype).eps / 2, 1e-4)
     found = {k: list(map(relative, run(how, x), exact)) for k, how in modules.items()}
     allowed = [e + rounding for e in next(iter(found.values()))]

@@ -83,6 +83,15 @@ def test_some_networks_alone(throughput, monkeypatch, tmp_path):
     assert [list(s["networks"]) for s in r["settings"]] == [["ours", "timm"]] * 2
 
 
+def test_graphs_are_left_out_without_a_gpu(throughput, monkeypatch, tmp_path, capsys):
+    def run(*codes):
+        return bench(throughput, monkeypatch, tmp_path, "--device", "cpu", "--modes", "forward",
+                     "--codes", *codes, ours=plain, timm=plain)
+    assert [s["code"] for s in run("eager", "graph")["settings"]] == ["eager"]
+    assert "left out: CUDA graphs" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="a CUDA graph needs a GPU"): run("graph")
+
+
 def test_a_slow_network_shows_and_a_failing_one_leaves_the_others(
         throughput, monkeypatch, tmp_path, capsys):
     r = bench(throughput, monkeypatch, tmp_path, ours=plain, timm=plain, late=Late, large=NoRoom)
